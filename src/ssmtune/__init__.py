@@ -1,0 +1,61 @@
+"""ssmtune: parameter-efficient fine-tuning of state-space and hybrid language models, with proof of what was trained.
+
+    inventory = ssmtune.take_inventory(model)
+    plan      = ssmtune.make_plan(model, recipe="all+core")
+    adapted   = ssmtune.attach(model, plan)
+    adapted.save_pretrained(directory)
+    adapted   = ssmtune.load(base_model, directory)
+    report    = ssmtune.verify(adapted)
+    model     = ssmtune.merge(adapted)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssmtune.attach import AdaptedModel, attach, load
+    from ssmtune.inventory import Inventory, take_inventory
+    from ssmtune.merge import merge
+    from ssmtune.placement import Edit, Recipe
+    from ssmtune.plan import Plan, make_plan
+    from ssmtune.verify import verify
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "AdaptedModel": "ssmtune.attach",
+    "attach": "ssmtune.attach",
+    "load": "ssmtune.attach",
+    "Inventory": "ssmtune.inventory",
+    "take_inventory": "ssmtune.inventory",
+    "merge": "ssmtune.merge",
+    "Edit": "ssmtune.placement",
+    "Recipe": "ssmtune.placement",
+    "Plan": "ssmtune.plan",
+    "make_plan": "ssmtune.plan",
+    "verify": "ssmtune.verify",
+}
+
+__all__ = [
+    "AdaptedModel",
+    "Edit",
+    "Inventory",
+    "Plan",
+    "Recipe",
+    "__version__",
+    "attach",
+    "load",
+    "make_plan",
+    "merge",
+    "take_inventory",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `ssmtune --help` loads neither torch nor transformers."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ssmtune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -1,0 +1,195 @@
+"""The adapter directory: PEFT's two files, and two of ours for what PEFT cannot hold.
+
+adapter_config.json, adapter_model.safetensors   PEFT's own layout
+ssmtune.safetensors                              trained tensors by their name in the base model
+ssmtune.json                                     plan, base digest, run, step, and the sha256 of both tensor files
+
+`ssmtune.json` is written last and names the others by digest, so a directory is either complete and of one step or
+refused. Where tensors of ours exist, `adapter_config.json` names a PEFT type that does not exist, so that plain PEFT
+fails with a message instead of dropping them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from ssmtune.base_digest import base_digest
+from ssmtune.errors import AdapterMismatch, PlanMismatch
+from ssmtune.methods.base import get_method
+from ssmtune.plan import Plan
+from ssmtune.records import file_sha256, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from ssmtune.attach import AdaptedModel
+
+FORMAT = 1
+PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+OUR_CONFIG, OUR_TENSORS = "ssmtune.json", "ssmtune.safetensors"
+FILES = (PEFT_CONFIG, PEFT_TENSORS, OUR_TENSORS, OUR_CONFIG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedAdapter:
+    """A read and checked adapter directory."""
+
+    directory: Path
+    plan: Plan
+    base_digest: str
+    run_id: str
+    step: int
+    discarded: frozenset[str]
+    peft_tensors: Mapping[str, torch.Tensor]
+    our_tensors: Mapping[str, torch.Tensor]
+
+
+def write(adapted: AdaptedModel, directory: Path, *, step: int, run_id: str, discard: bool = True) -> None:
+    """Write the adapter of `adapted` to `directory`: the tensors first, the file that vouches for them last.
+
+    `discard=False` keeps the tensors that a control throws away, which a checkpoint needs in order to resume.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    factors = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(adapted).items()}
+    dropped = discarded_paths(adapted.plan) if discard else set()
+    extras = {
+        path: edit.trained().detach().cpu().contiguous() for path, edit in adapted.edits.items() if path not in dropped
+    }
+    # An older directory is invalid from here until its new ssmtune.json exists.
+    (directory / OUR_CONFIG).unlink(missing_ok=True)
+    write_bytes(directory / PEFT_TENSORS, save(factors, metadata={"format": "pt"}))
+    write_bytes(directory / OUR_TENSORS, save(extras, metadata={"format": "pt"}))
+    write_json(directory / PEFT_CONFIG, _peft_config(adapted, extras))
+    write_json(
+        directory / OUR_CONFIG,
+        {
+            "format": FORMAT,
+            "base_model": adapted.plan.model,
+            "base_digest": adapted.base_digest,
+            "run_id": run_id,
+            "step": step,
+            "plan": adapted.plan.to_dict(),
+            "discarded": sorted(dropped),
+            "values": {path: _value_kind(adapted.plan, path) for path in extras},
+            "sha256": {name: file_sha256(directory / name) for name in (PEFT_TENSORS, OUR_TENSORS)},
+        },
+    )
+
+
+def discarded_paths(plan: Plan) -> set[str]:
+    """Tensors that the plan trains and, as a control, throws away on saving."""
+    return {site.path for site in plan.sites if site.options.get("saved") is False}
+
+
+def _value_kind(plan: Plan, path: str) -> str:
+    return next(get_method(site.method).value_kind for site in plan.sites if site.path == path)
+
+
+def _peft_config(adapted: AdaptedModel, extras: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    config = dict(adapted.peft_config["default"].to_dict())
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    config = json.loads(json.dumps(config, default=str))
+    config["inference_mode"] = True
+    config["base_model_name_or_path"] = adapted.plan.model
+    if extras:
+        kinds = sorted({path.rsplit(".", 1)[-1] for path in extras})
+        config["peft_type"] = (
+            f"SSMTUNE: this adapter also trained {', '.join(kinds)}, which plain PEFT would drop; "
+            "load it with ssmtune.load(base_model, directory)"
+        )
+    return config
+
+
+def read(directory: Path) -> SavedAdapter:
+    """Read and check an adapter directory. Raises `AdapterMismatch` for files that are missing, damaged or of two steps."""
+    missing = [name for name in FILES if not (directory / name).is_file()]
+    if missing:
+        raise AdapterMismatch(
+            f"{directory}: {', '.join(missing)} missing, so this is no complete adapter directory of ssmtune "
+            "(saving may have been interrupted). Use another checkpoint of the run."
+        )
+    try:
+        facts = json.loads((directory / OUR_CONFIG).read_text(encoding="utf-8"))
+        plan = Plan.from_dict(facts["plan"])
+        digests = dict(facts["sha256"])
+        saved_base, run_id, step = str(facts["base_digest"]), str(facts["run_id"]), int(facts["step"])
+        version, discarded = facts["format"], frozenset(facts["discarded"])
+    except PlanMismatch as error:
+        raise AdapterMismatch(f"{directory / OUR_CONFIG}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterMismatch(f"{directory / OUR_CONFIG}: cannot be read ({error!r}). Use another checkpoint.") from None
+    if version != FORMAT:
+        raise AdapterMismatch(f"{directory}: adapter format {version}; this ssmtune reads {FORMAT}. Update ssmtune.")
+    for name, expected in digests.items():
+        if name not in (PEFT_TENSORS, OUR_TENSORS) or file_sha256(directory / name) != expected:
+            raise AdapterMismatch(
+                f"{directory / name}: is not the file that {OUR_CONFIG} (run {run_id}, step {step}) was saved with. "
+                "The two halves of the adapter come from different steps or runs, or one is truncated; "
+                "copy the whole directory again."
+            )
+    try:
+        peft_tensors = load((directory / PEFT_TENSORS).read_bytes())
+        our_tensors = load((directory / OUR_TENSORS).read_bytes())
+    except (SafetensorError, OSError) as error:
+        raise AdapterMismatch(f"{directory}: not readable as safetensors ({error}). Use another checkpoint.") from None
+    return SavedAdapter(
+        directory=directory,
+        plan=plan,
+        base_digest=saved_base,
+        run_id=run_id,
+        step=step,
+        discarded=discarded,
+        peft_tensors=peft_tensors,
+        our_tensors=our_tensors,
+    )
+
+
+def check_base(saved: SavedAdapter, base_model: PreTrainedModel) -> None:
+    """Raise `AdapterMismatch` when the adapter was trained on other base weights than `base_model`'s."""
+    found = base_digest(base_model)
+    if found != saved.base_digest:
+        raise AdapterMismatch(
+            f"{saved.directory}: was trained on {saved.plan.model} (base digest {saved.base_digest}); "
+            f"the model given has digest {found}. Load the base model it was trained on, in the same precision."
+        )
+
+
+def fill(adapted: AdaptedModel, saved: SavedAdapter) -> None:
+    """Put the saved values into the adapters of `adapted`, in place. Raises `AdapterMismatch` for any key or shape left over."""
+    expected = get_peft_model_state_dict(adapted)
+    _check_keys(saved, PEFT_TENSORS, {k: tuple(v.shape) for k, v in expected.items()}, saved.peft_tensors)
+    kept = {path: edit for path, edit in adapted.edits.items() if path not in saved.discarded}
+    shapes = {path: tuple(edit.trained().shape) for path, edit in kept.items()}
+    _check_keys(saved, OUR_TENSORS, shapes, saved.our_tensors)
+    set_peft_model_state_dict(adapted, dict(saved.peft_tensors))
+    with torch.no_grad():
+        for path, edit in kept.items():
+            parameter: nn.Parameter = edit.trained()
+            parameter.copy_(saved.our_tensors[path])
+
+
+def _check_keys(
+    saved: SavedAdapter, name: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.Tensor]
+) -> None:
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        raise AdapterMismatch(
+            f"{saved.directory / name}: {len(missing)} tensors of the plan are missing {missing[:2]}, "
+            f"{len(unknown)} are not in the plan {unknown[:2]}. The directory was altered; use another checkpoint."
+        )
+    for key, shape in expected.items():
+        if tuple(found[key].shape) != shape:
+            raise AdapterMismatch(
+                f"{saved.directory / name}: {key} has shape {tuple(found[key].shape)}, the plan says {shape}. "
+                "The directory was altered; use another checkpoint."
+            )

@@ -1,0 +1,231 @@
+"""Attach: a model and a plan become an adapted model, which is a `peft.PeftModel` that also holds tensor edits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModelForCausalLM, TaskType
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ssmtune import adapter_files
+from ssmtune.base_digest import base_digest
+from ssmtune.config import decode
+from ssmtune.errors import AttachError, PlanMismatch
+from ssmtune.families.base import find_family
+from ssmtune.inventory import take_inventory
+from ssmtune.methods.base import get_method
+from ssmtune.operations import install_operations
+from ssmtune.plan import Plan, Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Fast = Literal["auto", "off", "require"]
+
+
+class AdaptedModel(PeftModelForCausalLM):
+    """A `PeftModel` whose adapters are PEFT's layers plus trained edits of single tensors.
+
+    `plan` is what was attached, `base_digest` identifies the base weights, `edits` maps the tensor's name in the base
+    model to its edit, `fast_block` says whether a rewritten layer is in use and why not.
+    """
+
+    plan: Plan
+    base_digest: str
+    edits: dict[str, nn.Module]
+    fast_block: str
+
+    def __init__(self, model: PreTrainedModel, plan: Plan) -> None:
+        object.__setattr__(self, "plan", plan)
+        object.__setattr__(self, "base_digest", base_digest(model))
+        operations = install_operations(model, find_family(model.config.model_type)[1])
+        try:
+            super().__init__(model, _lora_config(plan))
+        except BaseException:
+            operations.remove()
+            raise
+        object.__setattr__(self, "_operations", operations)
+        object.__setattr__(self, "edits", _apply_edits(model, plan))
+        object.__setattr__(self, "fast_block", "off: no rewritten layer exists for this family yet")
+        object.__setattr__(self, "_spent", "")
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return every trained parameter by name: PEFT's factors under their module names, edits under their tensor's."""
+        factors = {name: p for name, p in self.named_parameters() if "lora_" in name}
+        return {**factors, **{path: edit.trained() for path, edit in self.edits.items()}}
+
+    def optimizer_group(self, name: str) -> str:
+        """Return the optimiser group of a name from `trained_parameters`: "lora" or "core"."""
+        if name not in self.edits:
+            return "lora"
+        return next(get_method(s.method).optimizer_group for s in self.plan.sites if s.path == name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the block as the base model: PEFT's layers and the tensor edits are both off."""
+        previous = {path: edit.enabled for path, edit in self.edits.items()}
+        for edit in self.edits.values():
+            edit.enabled = False
+        try:
+            with super().disable_adapter():
+                yield
+        finally:
+            for path, edit in self.edits.items():
+                edit.enabled = previous[path]
+            self.require_gradients()
+
+    def require_gradients(self) -> None:
+        """Let exactly the trained parameters require gradients; PEFT and trainers switch some of them off on the way."""
+        trained = {id(p) for p in self.trained_parameters().values()}
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+
+    def save_pretrained(self, save_directory: str | Path, *, step: int = 0, run_id: str = "", **_: Any) -> None:
+        """Write one adapter directory (`adapter_files`) with everything that was trained.
+
+        Further keyword arguments are those that trainers pass to any model's `save_pretrained`; safetensors is the
+        only format and the adapter's own tensors are the only ones written, so they have nothing left to decide.
+        """
+        self._refuse_spent("save")
+        adapter_files.write(self, Path(save_directory), step=step, run_id=run_id)
+
+    def detach(self) -> PreTrainedModel:
+        """Take everything off and return the base model, bitwise as it was attached."""
+        self._refuse_spent("detach")
+        base: PreTrainedModel = self.base_model.unload()
+        for path in self.edits:
+            owner, name = owner_of(base, path)
+            parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
+        self._operations.remove()
+        for parameter in base.parameters():
+            parameter.requires_grad_(True)
+        vars(base).pop("_ssmtune_adapted", None)
+        self.mark_spent("detached")
+        return base
+
+    def mark_spent(self, how: str) -> None:
+        """Refuse any further use of this adapted model: its adapters are gone from the base."""
+        object.__setattr__(self, "_spent", how)
+
+    def _refuse_spent(self, action: str) -> None:
+        if self._spent:
+            raise AttachError(
+                f"cannot {action} this adapted model: it was {self._spent} before, so its adapters are no longer on the base. "
+                "Load the adapter directory again with ssmtune.load(base, directory)."
+            )
+
+
+def attach(model: PreTrainedModel, plan: Plan, fast: Fast = "auto") -> AdaptedModel:
+    """Return `model` with the plan's adapters on it; the model's layers are used in place.
+
+    Trained parameters are fp32 and start as the identity. Nothing of transformers' classes is changed;
+    `adapted.detach()` gives the model back bitwise.
+    Raises `PlanMismatch` when the plan was made for another architecture, before anything is touched;
+    `AttachError` when the model already carries adapters, or `fast="require"` cannot be served.
+
+    >>> adapted = attach(model, make_plan(model, "all+core"))    # doctest: +SKIP
+    """
+    if isinstance(model, AdaptedModel) or "_ssmtune_adapted" in vars(model) or hasattr(model, "peft_config"):
+        raise AttachError(
+            "the model already carries adapters; wrapping it a second time would leave one set unloaded or untrained. "
+            "Detach them first (adapted.detach()), merge them (ssmtune.merge), or load the base model again."
+        )
+    inventory = take_inventory(model)
+    if inventory.digest != plan.inventory_digest:
+        raise PlanMismatch(
+            f"the plan was made for {plan.model} (inventory {plan.inventory_digest}), this model is {inventory.model_type} "
+            f"with inventory {inventory.digest}. Make a plan for this model."
+        )
+    if fast == "require":
+        raise AttachError(
+            f"fast='require': family {inventory.family!r} has no rewritten layer yet. Use fast='auto' or 'off'; "
+            "both run the model's own forward on ssmtune's operations."
+        )
+    adapted = AdaptedModel(model, plan)
+    adapted.require_gradients()
+    vars(model)["_ssmtune_adapted"] = True
+    return adapted
+
+
+def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Return (module, attribute) that hold the tensor named `path`, looking through the layers that PEFT put around it."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+def _lora_config(plan: Plan) -> LoraConfig:
+    """PEFT's config for the plan's low-rank sites, by full names only."""
+    sites = [site for site in plan.sites if get_method(site.method).kind == "module"]
+    modules = [site for site in sites if len(site.shape) == 2]
+    packed = [site for site in sites if len(site.shape) == 3]
+    default: Mapping[str, Any] = sites[0].options if sites else {"rank": 1, "alpha": 1.0, "dropout": 0.0}
+    dropouts = {site.options["dropout"] for site in sites}
+    if len(dropouts) > 1:
+        raise AttachError(f"one adapter has one LoRA dropout, the plan has {sorted(dropouts)}. Use one value in all edits.")
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=default["rank"],
+        lora_alpha=default["alpha"],
+        lora_dropout=default["dropout"],
+        target_modules=[module_name(site) for site in modules] or DUMMY_TARGET_MODULES,
+        target_parameters=[site.path for site in packed] or None,
+        rank_pattern=_pattern(sites, "rank", default),
+        alpha_pattern=_pattern(sites, "alpha", default),
+        bias="none",
+    )
+
+
+def _pattern(sites: list[Site], option: str, default: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        module_name(site): site.options[option] for site in sites if site.options[option] != default[option]
+    }
+
+
+def module_name(site: Site) -> str:
+    """Full name of the module that PEFT wraps for a site; the tensor's own name for packed experts."""
+    return site.path.removesuffix(".weight")
+
+
+def _apply_edits(model: PreTrainedModel, plan: Plan) -> dict[str, nn.Module]:
+    edits: dict[str, nn.Module] = {}
+    for site in plan.sites:
+        method = get_method(site.method)
+        if method.kind != "tensor":
+            continue
+        assert method.make_edit is not None
+        owner, name = owner_of(model, site.path)
+        weight = getattr(owner, name)
+        options = decode(method.Options, site.options, where=f"plan, {site.path}")
+        edit = method.make_edit(weight, options).to(weight.device)
+        # unsafe: the effective tensor may be fp32 where the base is bf16, which is the point.
+        parametrize.register_parametrization(owner, name, edit, unsafe=True)
+        edits[site.path] = edit
+    return edits
+
+
+def load(base_model: PreTrainedModel, directory: str | Path, *, trainable: bool = False) -> AdaptedModel:
+    """Return `base_model` with the adapter of `directory` on it, exactly as it was saved, or raise what differs.
+
+    Raises `AdapterMismatch` for missing, truncated or mixed files and for another base model, before the model is touched.
+    """
+    saved = adapter_files.read(Path(directory))
+    adapter_files.check_base(saved, base_model)
+    with warnings.catch_warnings():
+        # PEFT warns that a fresh adapter is about to be overwritten, which is what loading is.
+        warnings.simplefilter("ignore")
+        adapted = attach(base_model, saved.plan)
+        adapter_files.fill(adapted, saved)
+    if not trainable:
+        for parameter in adapted.parameters():
+            parameter.requires_grad_(False)
+        adapted.eval()
+    return adapted
+
+

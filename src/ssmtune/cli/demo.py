@@ -1,0 +1,48 @@
+"""`ssmtune demo`: the whole way in a few minutes, on a CPU, without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssmtune.cli.output import print_result, quiet_libraries, tables, words
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for runs, merged model and report.")] = Path("demo"),
+    json_output: Annotated[bool, typer.Option("--json", help="Print the demo's record as JSON.")] = False,
+) -> None:
+    """Base, V1 (transformer names), V2 (all projections) and V4 (and the core): train, verify, merge, evaluate, report.
+
+    Example: [cyan]ssmtune demo --out demo[/cyan]
+    """
+    quiet_libraries()
+    from rich.table import Table
+
+    from ssmtune.demo import run_demo
+
+    record = run_demo(out, on_message=words.print)
+    if json_output:
+        print_result(record)
+    else:
+        table = Table(title="Document classification, held-out documents")
+        for heading in ("arm", "exact", "contains", "ended its answer", "documents"):
+            table.add_column(heading, justify="left" if heading == "arm" else "right")
+        for row in record["rows"]:
+            table.add_row(
+                row["name"],
+                f"{row['metrics']['exact']:.1%}",
+                f"{row['metrics']['contains']:.1%}",
+                f"{row['stopped']:.1%}",
+                str(row["num"]),
+            )
+        tables().print(table)
+        checks = record["verify"]["checks"]
+        good = sum(check["ok"] for check in checks)
+        tables().print(f"verify V4: {good} of {len(checks)} checks hold; merged answers equal adapted: "
+                       f"{record['merged_equals_adapted']}")
+        tables().print(f"Report: {record['report']}   ({record['seconds']:.0f} s)")
+    if not record["verify"]["ok"] or not record["merged_equals_adapted"]:
+        raise typer.Exit(1)

@@ -1,0 +1,45 @@
+"""`ssmtune doctor`: are the operations right on this machine?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ssmtune.cli.output import print_result, quiet_libraries, tables
+
+
+def doctor(
+    leak: Annotated[str | None, typer.Option(help="Also test whether packed documents leak in this model.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where there is one by default.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Compare every operation, forward and all gradients, with an fp64 recurrence on this machine.
+
+    Examples: [cyan]ssmtune doctor[/cyan] . [cyan]ssmtune doctor --leak tiny-granite-h[/cyan]
+    """
+    quiet_libraries()
+    from rich.table import Table
+
+    from ssmtune.doctor import examine, leak_test
+    from ssmtune.models import load_model
+
+    report = examine(device)
+    checks = list(report.checks.values())
+    if leak is not None:
+        checks.append(leak_test(load_model(leak, dtype="float32")))
+    ok = all(check.ok for check in checks)
+    if json_output:
+        print_result({**report.to_dict(), "ok": ok, "checks": [check.to_dict() for check in checks]})
+    else:
+        table = Table(title=f"doctor: {'all operations are right here' if ok else 'FAILED'}")
+        for heading in ("check", "", "measured", "limit", "where", "detail"):
+            table.add_column(heading)
+        for check in checks:
+            mark = "[green]ok[/green]" if check.ok else "[red]FAILED[/red]"
+            table.add_row(
+                check.name, mark, f"{check.measured:.2g}", f"{check.limit:.2g}", check.where, check.detail
+            )
+        tables().print(table)
+    if not ok:
+        raise typer.Exit(1)

@@ -1,0 +1,55 @@
+"""`ssmtune inspect`: what a model is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ssmtune.cli.output import layer_ranges, print_result, quiet_libraries, tables
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Model directory, config .json, hub id, or a bundled model.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print the inventory as JSON.")] = False,
+) -> None:
+    """Components by role, their parameters, and how each execution path uses them.
+
+    Example: [cyan]ssmtune inspect tiny-granite-h[/cyan]
+    """
+    quiet_libraries()
+    from rich.table import Table
+
+    from ssmtune.inventory import take_inventory
+    from ssmtune.models import empty_model
+    from ssmtune.probe import PATHS, probe
+
+    empty = empty_model(model)
+    inventory = take_inventory(empty)
+    uses = probe(empty)
+    if json_output:
+        result = inventory.to_dict()
+        for component in result["components"]:
+            component["uses"] = uses.of(component["path"])
+        print_result(result)
+        return
+    table = Table(title=f"{model}: {inventory.family}, {inventory.topology}, {inventory.total:,} parameters")
+    for heading in ("group", "role", "tensors", "layers", "parameters", "shape", *PATHS):
+        table.add_column(heading, justify="right" if heading in ("tensors", "parameters") else "left")
+    roles = list(dict.fromkeys((c.group, c.role) for c in inventory.components))
+    for group, role in sorted(roles):
+        members = [c for c in inventory.components if (c.group, c.role) == (group, role)]
+        shapes = sorted({"x".join(map(str, c.shape)) for c in members})
+        layers = sorted({c.layer for c in members if c.layer is not None})
+        used = {path: "/".join(sorted({uses.of(c.path)[path] for c in members})) for path in PATHS}
+        table.add_row(
+            group,
+            role,
+            str(len(members)),
+            layer_ranges(layers),
+            f"{sum(c.num_params for c in members):,}",
+            ", ".join(shapes),
+            *used.values(),
+        )
+    tables().print(table)
+    tables().print("CALL: the owning module is called. READ: the tensor itself is read. NONE: the path never uses it.")

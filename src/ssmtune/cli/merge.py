@@ -1,0 +1,45 @@
+"""`ssmtune merge`: a plain model with the adapter in its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssmtune.cli.output import print_result, quiet_libraries, tables, words
+
+
+def merge(
+    run: Annotated[str, typer.Argument(help="A run directory, or an adapter directory.")],
+    out: Annotated[Path, typer.Option(help="Directory to write the merged model to; must not exist.")],
+    model: Annotated[str | None, typer.Option(help="The base model, where RUN is an adapter directory.")] = None,
+    dtype: Annotated[str, typer.Option(help="Precision of the written weights: float32, bfloat16 or auto.")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="Print what was merged as JSON.")] = False,
+) -> None:
+    """Write the merged model, with tokenizer, and say how much of each role's change survives its precision.
+
+    Example: [cyan]ssmtune merge runs/first --out merged[/cyan]
+    """
+    quiet_libraries()
+    from rich.table import Table
+
+    from ssmtune.merge import merge_to
+
+    result = merge_to(run, out, model=model, dtype=dtype)
+    if json_output:
+        print_result(result)
+        return
+    table = Table(title=f"{out}: merged, {result['dtype']}")
+    for heading in ("role", "tensors", "elements changed", "of these still changed after rounding", "largest change"):
+        table.add_column(heading, justify="left" if heading == "role" else "right")
+    for row in result["survival"]:
+        table.add_row(
+            row["role"],
+            str(row["tensors"]),
+            f"{row['changed']:.1%}",
+            f"{row['survives']:.1%}",
+            f"{row['max_abs_delta']:.2e}",
+        )
+    tables().print(table)
+    words.print("Load it with transformers.AutoModelForCausalLM.from_pretrained; ssmtune is not needed for that.")

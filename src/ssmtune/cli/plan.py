@@ -1,0 +1,58 @@
+"""`ssmtune plan`: the explicit list of edits, before anything is allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssmtune.cli.output import layer_ranges, print_result, quiet_libraries, tables
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="Model directory, config .json, hub id, or a bundled model.")],
+    recipe: Annotated[str, typer.Option(help="Name of a recipe, or a YAML file that holds one.")] = "all+core",
+    rank: Annotated[int, typer.Option(help="LoRA rank.", min=1)] = 16,
+    alpha: Annotated[float, typer.Option(help="LoRA alpha; the factors' product is scaled by alpha / rank.")] = 32.0,
+    seed: Annotated[int, typer.Option(help="Seed of a random placement.")] = 0,
+    allow_unmatched: Annotated[bool, typer.Option(help="Go on although target names match nothing.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Which tensors a recipe edits and what that costs; refuses what cannot work. No weights are loaded.
+
+    Examples: [cyan]ssmtune plan tiny-granite-h --recipe all+core[/cyan] .
+    [cyan]ssmtune plan config.json --recipe attention --rank 8 --json[/cyan]
+    """
+    quiet_libraries()
+    from rich.table import Table
+
+    from ssmtune.config import load_yaml
+    from ssmtune.inventory import coverage_table, take_inventory
+    from ssmtune.models import empty_model
+    from ssmtune.placement import Recipe, named_recipe
+    from ssmtune.plan import make_plan
+
+    chosen: Recipe
+    if recipe.endswith((".yaml", ".yml", ".json")) or Path(recipe).is_file():
+        chosen = load_yaml(Recipe, recipe)
+    else:
+        chosen = named_recipe(recipe, rank=rank, alpha=alpha, seed=seed, allow_unmatched=allow_unmatched)
+    empty = empty_model(model)
+    inventory = take_inventory(empty)
+    made = make_plan(empty, chosen, inventory=inventory)
+    if json_output:
+        print_result(made.to_dict())
+        return
+    share = made.trainable / made.total
+    table = Table(title=f"{made.model}, recipe {made.recipe}: {made.trainable:,} of {made.total:,} train ({share:.3%})")
+    for heading in ("role", "method", "layers", "sites", "parameters"):
+        table.add_column(heading, justify="right" if heading in ("sites", "parameters") else "left")
+    for role, method in dict.fromkeys((s.role, s.method) for s in made.sites):
+        members = [s for s in made.sites if (s.role, s.method) == (role, method)]
+        layers = sorted({s.layer for s in members if s.layer is not None})
+        table.add_row(role, method, layer_ranges(layers), str(len(members)), f"{sum(s.num_params for s in members):,}")
+    tables().print(table)
+    rows = coverage_table(inventory, {s.path for s in made.sites})
+    reached = {row["layer"] for row in rows if row["adapted"]}
+    tables().print(f"Layers with at least one adapted site: {len(reached)} of {inventory.num_layers}.")

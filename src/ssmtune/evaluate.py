@@ -1,0 +1,179 @@
+"""Evaluate: a model, with or without an adapter, answers a task's held-out questions. The `evaluate` stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ssmtune.config import STRICT
+from ssmtune.models import load_model, load_tokenizer
+from ssmtune.records import new_record
+from ssmtune.tasks.base import Example, Task, get_task, messages, split
+from ssmtune.training_data import task_examples
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NUM_SAMPLES = 12
+"""Completions kept in the record, for reading."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluateConfig:
+    """What to evaluate, and on how much of the task's test side."""
+
+    model: str
+    task: str
+    size: float = pydantic.Field(default=1.0, gt=0, le=1)
+    adapter: str | None = None
+    without_core: bool = False
+    num_examples: int | None = pydantic.Field(default=None, ge=1)
+    batch_examples: int = pydantic.Field(default=64, ge=1)
+    name: str = ""
+    seed: int = 0
+
+
+def evaluate(config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Return the evaluate record: metrics, one score per example and metric, samples, share of answers that stopped.
+
+    Answers are greedy. The weights are the base's in fp32 with the adapter merged in fp32, so that nothing is rounded;
+    `without_core` leaves the adapter's core out.
+    """
+    started = time.time()
+    task = get_task(config.task)
+    tokenizer = load_tokenizer(config.model)
+    model = evaluation_model(config)
+    examples = split(task_examples(config.task, config.size)).test[: config.num_examples]
+    answers = answer(
+        model,
+        tokenizer,
+        [messages(example)[0] for example in examples],
+        max_new_tokens=task.max_new_tokens,
+        batch_examples=config.batch_examples,
+        progress=progress,
+    )
+    completions = [text for text, _ in answers]
+    scores = [task.score(text, example) for text, example in zip(completions, examples, strict=True)]
+    return new_record(
+        "evaluate",
+        config=asdict(config),
+        name=config.name or (config.adapter or "base"),
+        seed=config.seed,
+        task=task.name,
+        task_version=task.version,
+        primary=task.primary,
+        metrics={metric: sum(s[metric] for s in scores) / len(scores) for metric in task.metrics},
+        example_ids=[example.id for example in examples],
+        scores={metric: [round(s[metric], 6) for s in scores] for metric in task.metrics},
+        samples=_samples(task, examples, completions, scores),
+        stopped_rate=sum(stopped for _, stopped in answers) / len(answers),
+        seconds=time.time() - started,
+    )
+
+
+def _samples(
+    task: Task, examples: Sequence[Example], completions: Sequence[str], scores: Sequence[dict[str, float]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": example.id,
+            "prompt": messages(example)[0][0]["content"],
+            "expected": example.output,
+            "completion": completion,
+            "scores": score,
+        }
+        for example, completion, score in list(zip(examples, completions, scores, strict=True))[:NUM_SAMPLES]
+    ]
+
+
+def evaluation_model(config: EvaluateConfig) -> PreTrainedModel:
+    """Return the fp32 model to evaluate, on the GPU where there is one, on ssmtune's operations."""
+    import torch
+
+    from ssmtune.attach import load
+    from ssmtune.families.base import find_family
+    from ssmtune.merge import merge
+    from ssmtune.operations import install_operations
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(config.model, dtype="float32", device=device)
+    if config.adapter is not None:
+        adapted = load(model, Path(config.adapter))
+        if config.without_core:
+            for edit in adapted.edits.values():
+                edit.enabled = False
+        model = merge(adapted)
+    install_operations(model, find_family(model.config.model_type)[1])
+    return model.eval()
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict[str, str]]],
+    *,
+    max_new_tokens: int,
+    batch_examples: int = 64,
+    progress: bool = True,
+) -> list[tuple[str, bool]]:
+    """Return (text, stopped) for each prompt (chat messages), greedily; `stopped` says that the model ended its turn.
+
+    Prompts of similar length share a batch, padded on the left.
+    """
+    import torch
+
+    rendered = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+    answers: list[tuple[str, bool]] = [("", False)] * len(tokens)
+    bar = Progress(
+        TextColumn("evaluate"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not progress,
+    )
+    with bar, torch.inference_mode():
+        steps = bar.add_task("evaluate", total=len(tokens))
+        for first in range(0, len(order), batch_examples):
+            batch = order[first : first + batch_examples]
+            for index, result in zip(batch, _generate(model, tokenizer, [tokens[i] for i in batch], max_new_tokens)):
+                answers[index] = result
+            bar.advance(steps, len(batch))
+    return answers
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[list[int]], max_new_tokens: int
+) -> list[tuple[str, bool]]:
+    import torch
+
+    width = max(map(len, batch))
+    pad: Any = tokenizer.pad_token_id
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=model.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
+    generate: Callable[..., torch.Tensor] = model.generate
+    output = generate(
+        input_ids=input_ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad,
+    )
+    results = []
+    for row in output[:, width:].tolist():
+        stopped = tokenizer.eos_token_id in row
+        end = row.index(tokenizer.eos_token_id) if stopped else len(row)
+        results.append((tokenizer.decode(row[:end], skip_special_tokens=False), stopped))
+    return results

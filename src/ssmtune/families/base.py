@@ -1,0 +1,116 @@
+"""What a family file states, and how it is found.
+
+A family is data and row arithmetic about one architecture of transformers.
+It neither knows methods nor builds models.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from ssmtune.errors import UnsupportedModel, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Group = Literal["attention", "recurrent", "mlp", "core", "conv", "norm", "embedding"]
+Topology = Literal["sequential", "parallel", "transformer"]
+Access = Literal["module", "parameter"]
+
+GROUPS: tuple[Group, ...] = ("attention", "recurrent", "mlp", "core", "conv", "norm", "embedding")
+
+IGNORED_CONFIG = frozenset(
+    # Attributes that change neither which parameters exist nor what the layers compute from them.
+    """
+    architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype transformers_version _name_or_path
+    name_or_path use_cache model_type return_dict output_hidden_states output_attentions initializer_range
+    id2label label2id num_labels problem_type chunk_size_feed_forward is_encoder_decoder is_decoder
+    max_position_embeddings attention_dropout auto_map tokenizer_class _attn_implementation keys_to_ignore_at_inference
+    """.split()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """All tensors of one role: their names with `{layer}` for the layer's index, and the rows that make up the role's parts.
+
+    `rows(config)` gives (role of the part, number of rows) from the first row to the last; the parts tile the tensor.
+    `access` says whether the model calls a module that owns the tensor, or reads the parameter itself.
+    """
+
+    path: str
+    role: str
+    group: Group
+    access: Access = "module"
+    rows: Callable[[Any], tuple[tuple[str, int], ...]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Everything ssmtune knows of one architecture."""
+
+    model_types: tuple[str, ...]
+    topology: Topology
+    claims: tuple[Claim, ...]
+    handled_config: frozenset[str]
+    """Config attributes that the claims and operations take into account, whatever their value."""
+    backbone: str
+    """Name of the submodule whose forward takes `position_ids` and `attention_mask` and runs the layers."""
+    recurrent_module: str | None = None
+    """Name of the recurrent module of a layer, with `{layer}`; None where there is none."""
+    operations: Callable[[nn.Module], Mapping[str, Callable[..., Any]]] | None = None
+    """For one recurrent module: name of a global of its forward -> the function to use instead."""
+    prepare_packed: Callable[[nn.Module, torch.Tensor, torch.Tensor], Mapping[str, Any]] | None = None
+    """(backbone, position_ids [B, T], seq_idx [B, T]) -> keyword arguments that keep documents apart in its layers."""
+    tiny_configs: Callable[[], Mapping[str, Any]] = field(default=dict)
+    """Small configs for the contract tests, by name; they cover the architecture's variants."""
+
+
+@lru_cache(maxsize=1)
+def family_names() -> tuple[str, ...]:
+    """Names of all families: the files beside this one."""
+    package = importlib.import_module("ssmtune.families")
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base"))
+
+
+def get_family(name: str) -> Family:
+    """Return the family in the file `name`. Raises `UnsupportedModel` naming the nearest."""
+    if name not in family_names():
+        raise UnsupportedModel(f"family {name!r} does not exist; {nearest(name, family_names())}.")
+    family = importlib.import_module(f"ssmtune.families.{name}").FAMILY
+    assert isinstance(family, Family)
+    return family
+
+
+def find_family(model_type: str) -> tuple[str, Family]:
+    """Return (name, family) for a transformers `model_type`. Raises `UnsupportedModel` with the types that are supported."""
+    supported = {}
+    for name in family_names():
+        family = get_family(name)
+        if model_type in family.model_types:
+            return name, family
+        supported.update(dict.fromkeys(family.model_types, name))
+    raise UnsupportedModel(
+        f"model_type {model_type!r} is not supported; {nearest(model_type, supported)}. "
+        "A family is one file in ssmtune/families; 'docs/families.md' shows how to write one."
+    )
+
+
+def check_config(name: str, family: Family, config: Any) -> None:
+    """Raise `UnsupportedModel` when `config` sets an attribute away from its default that the family does not handle."""
+    default = type(config)().to_dict()
+    for key, value in config.to_dict().items():
+        if key in family.handled_config or key in IGNORED_CONFIG or key.startswith("_"):
+            continue
+        if key not in default or value != default[key]:
+            raise UnsupportedModel(
+                f"config attribute {key}={value!r} of model_type {config.model_type!r}: family {name!r} does not handle it "
+                f"(default: {default.get(key, 'absent')!r}), so what it does to the layers is unknown. "
+                f"Reset it, or extend ssmtune/families/{name}.py."
+            )

@@ -1,0 +1,112 @@
+"""Find and load what MODEL names on the command line: the bundled model, a directory, a config file, or a hub id."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ssmtune.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUNDLED = ("tiny-granite-h",)
+Dtype = Literal["float32", "bfloat16", "auto"]
+
+
+def model_location(name: str) -> str:
+    """Return the directory of a bundled model, or `name` itself.
+
+    Raises `ConfigError` for something that looks like a path and does not exist.
+    """
+    if name in BUNDLED:
+        return str(resources.files("ssmtune") / "assets" / name)
+    path = Path(name)
+    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") != 1
+    if looks_like_path and not path.expanduser().exists():
+        raise ConfigError(
+            f"model {name!r}: no such file or directory. Give a model directory, a config .json, a hub id (owner/name), "
+            f"or a bundled model ({nearest(name, BUNDLED)})."
+        )
+    return str(path.expanduser()) if path.expanduser().exists() else name
+
+
+def load_config(name: str) -> Any:
+    """Return the transformers config of MODEL; nothing else is read."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    location = model_location(name)
+    path = Path(location)
+    if path.suffix == ".json" or (path / "config.json").is_file():
+        path = path if path.suffix == ".json" else path / "config.json"
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            model_type = fields["model_type"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: is no model config ({error!r}). It must be JSON with a 'model_type'.") from None
+        if model_type not in CONFIG_MAPPING:
+            raise ConfigError(f"{path}: model_type {model_type!r} is unknown to the installed transformers.")
+        try:
+            config = CONFIG_MAPPING[model_type].from_json_file(str(path))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path}: transformers refuses this config: {str(error).splitlines()[0]}") from None
+        config.name_or_path = name
+        return config
+    if path.exists():
+        raise ConfigError(f"{name}: holds no config.json, so it is no model directory. Give the directory of a saved model.")
+    try:
+        return AutoConfig.from_pretrained(location)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {name!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def empty_model(name: str) -> PreTrainedModel:
+    """Return MODEL without weights (meta device): enough for an inventory and a plan, at no memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def load_model(name: str, *, dtype: Dtype = "auto", device: str | None = None) -> PreTrainedModel:
+    """Return MODEL with its weights, from safetensors only, without remote code.
+
+    Raises `ConfigError` when files are missing or truncated.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from transformers.utils import logging
+
+    load_config(name)
+    logging.disable_progress_bar()
+    location = model_location(name)
+    if Path(location).suffix == ".json":
+        raise ConfigError(f"{name}: is a config without weights. This needs a model directory or a hub id.")
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            location, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"model {name!r}: weights cannot be loaded: {str(error).splitlines()[0]}") from None
+    # The name that plans and adapters show is what the user typed, not where it was found.
+    model.config.name_or_path = name
+    return model.to(device) if device else model
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Return MODEL's tokenizer. Raises `ConfigError` when it has none, or no chat template."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_location(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {name!r}: tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+    if not tokenizer.chat_template:
+        raise ConfigError(f"model {name!r}: its tokenizer has no chat template, which training data is rendered with.")
+    return tokenizer

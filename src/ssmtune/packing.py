@@ -1,0 +1,65 @@
+"""Packing: several documents in one row, told apart by position ids that restart at each document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def segment_index(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return the document's number at each position, int32 [B, T], counted from 0 in each row.
+
+    A document starts wherever `position_ids` [B, T] does not go up by exactly one.
+    """
+    import torch
+
+    starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+    return starts.cumsum(-1).to(torch.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedCollator:
+    """Rows of packed documents -> a batch whose documents stay apart in attention and state.
+
+    Each row holds `input_ids`, `labels` (or `completion_mask`) and `seq_lengths`. Rows are padded on the right to
+    the longest, rounded up to `multiple_of`; the padding counts as a document of its own, so no mask is needed.
+    """
+
+    pad_token_id: int
+    multiple_of: int = 1
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return input_ids, labels (-100 where no loss is taken) and position_ids, each int64 [B, T]; and
+
+        `loss_positions` int64 [n]: flat positions whose next token is a target; `targets` int64 [n]: those tokens;
+        `num_tokens`: tokens that are not padding.
+        """
+        import torch
+
+        width = max(len(row["input_ids"]) for row in rows)
+        width += -width % self.multiple_of
+        shape = (len(rows), width)
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
+        labels = torch.full(shape, -100, dtype=torch.long)
+        position_ids = torch.zeros(shape, dtype=torch.long)
+        for index, row in enumerate(rows):
+            length = len(row["input_ids"])
+            input_ids[index, :length] = torch.as_tensor(row["input_ids"])
+            labels[index, :length] = torch.as_tensor(row["labels"])
+            lengths = [*row["seq_lengths"], width - length]
+            position_ids[index] = torch.cat([torch.arange(n) for n in lengths])
+        # The first token of a document is predicted from the last token of the one before: never a target.
+        labels[position_ids == 0] = -100
+        target_positions = (labels.flatten() != -100).nonzero().squeeze(1)
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "position_ids": position_ids,
+            "loss_positions": target_positions - 1,
+            "targets": labels.flatten()[target_positions],
+            "num_tokens": sum(len(row["input_ids"]) for row in rows),
+        }

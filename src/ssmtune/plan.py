@@ -1,0 +1,171 @@
+"""Plan: the explicit list of edits, made from an inventory and a recipe. The `plan` stage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ssmtune.config import decode
+from ssmtune.errors import PlacementError, PlanMismatch
+from ssmtune.inventory import Component, Inventory, take_inventory
+from ssmtune.methods.base import get_method
+from ssmtune.placement import Recipe, named_recipe, select_components
+from ssmtune.probe import Uses, probe
+from ssmtune.records import digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One component being edited: which tensor, by which method, with which options, at what cost."""
+
+    role: str
+    group: str
+    layer: int | None
+    path: str
+    rows: tuple[int, int] | None
+    shape: tuple[int, ...]
+    method: str
+    options: Mapping[str, Any]
+    num_params: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The edits of one recipe on one model. Round-trips through `to_dict` and `from_dict`."""
+
+    model: str
+    inventory_digest: str
+    recipe: str
+    total: int
+    sites: tuple[Site, ...]
+
+    @property
+    def trainable(self) -> int:
+        """Number of trained parameters."""
+        return sum(site.num_params for site in self.sites)
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Trained parameters by group."""
+        counts: Counter[str] = Counter()
+        for site in self.sites:
+            counts[site.group] += site.num_params
+        return dict(counts)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over sites and options."""
+        return digest([self.inventory_digest, [asdict(site) for site in self.sites]])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The printed form of `plan --json`; `from_dict` reads it back."""
+        return {
+            "model": self.model,
+            "inventory_digest": self.inventory_digest,
+            "recipe": self.recipe,
+            "total": self.total,
+            "trainable": self.trainable,
+            "groups": self.groups,
+            "sites": [asdict(site) for site in self.sites],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Read a plan back. Raises `PlanMismatch` when fields are missing or the counts contradict the sites."""
+        try:
+            sites = tuple(
+                Site(
+                    **{
+                        **site,
+                        "shape": tuple(site["shape"]),
+                        "rows": None if site["rows"] is None else tuple(site["rows"]),
+                    }
+                )
+                for site in data["sites"]
+            )
+            plan = cls(
+                model=data["model"],
+                inventory_digest=data["inventory_digest"],
+                recipe=data["recipe"],
+                total=data["total"],
+                sites=sites,
+            )
+            trainable = data["trainable"]
+        except (KeyError, TypeError) as error:
+            raise PlanMismatch(f"plan: a field is missing or malformed ({error}). Make the plan again.") from None
+        if plan.trainable != trainable:
+            raise PlanMismatch(
+                f"plan: says {trainable:,} trainable parameters, its sites add up to {plan.trainable:,}. "
+                "It was edited by hand or damaged; make it again."
+            )
+        return plan
+
+
+def make_plan(
+    model: PreTrainedModel, recipe: str | Recipe = "all+core", *, inventory: Inventory | None = None, **recipe_options: Any
+) -> Plan:
+    """Return the plan of a recipe for a model, real or on the meta device. The model is not changed.
+
+    `recipe` is a name (options `rank`, `alpha`, `dropout`, `seed`, `allow_unmatched` go to `named_recipe`) or a
+    `Recipe`. Raises `PlacementError` for what cannot work: a selection that matches nothing, or a site that some
+    execution path never uses in the way its method needs, naming the path.
+
+    >>> plan = make_plan(model, "all+core")      # doctest: +SKIP
+    >>> plan.trainable                           # doctest: +SKIP
+    """
+    inventory = inventory or take_inventory(model)
+    if isinstance(recipe, str):
+        recipe = named_recipe(recipe, **recipe_options)
+    uses = probe(model)
+    sites = []
+    for edit in recipe.edits:
+        method = get_method(edit.method)
+        options = decode(method.Options, edit.options, where=f"recipe {recipe.name!r}, options of {edit.method!r}")
+        for component in select_components(inventory, edit, allow_unmatched=recipe.allow_unmatched):
+            _refuse_dead(component, edit.method, uses)
+            sites.append(
+                Site(
+                    role=component.role,
+                    group=component.group,
+                    layer=component.layer,
+                    path=component.path,
+                    rows=component.rows,
+                    shape=component.shape,
+                    method=edit.method,
+                    options=asdict(options),
+                    num_params=method.num_params(component.shape, options),
+                )
+            )
+    _refuse_overlap(sites)
+    name = model.config.name_or_path or inventory.model_type
+    return Plan(
+        model=name, inventory_digest=inventory.digest, recipe=recipe.name, total=inventory.total, sites=tuple(sites)
+    )
+
+
+def _refuse_dead(component: Component, method_name: str, uses: Uses) -> None:
+    """A module adapter needs its module called on every path; a tensor edit needs its tensor used on every path."""
+    method = get_method(method_name)
+    for path, use in uses.of(component.path).items():
+        packed_experts = len(component.shape) == 3
+        alive = use == "CALL" or (use == "READ" and (method.kind == "tensor" or packed_experts))
+        if not alive:
+            what = "never called (its weight is read raw)" if use == "READ" else "never used"
+            raise PlacementError(
+                f"{component.role} in layer {component.layer} ({component.path}) is {what} on path {path}, so method "
+                f"{method_name!r} would have no effect there. Remove the site, or edit the tensor instead; "
+                "'ssmtune inspect MODEL' shows every path."
+            )
+
+
+def _refuse_overlap(sites: list[Site]) -> None:
+    counts = Counter(site.path for site in sites)
+    for path, num in counts.items():
+        if num > 1:
+            methods = sorted({site.method for site in sites if site.path == path})
+            raise PlacementError(f"{path} is edited {num} times ({', '.join(methods)}). Keep one edit per tensor.")

@@ -1,0 +1,360 @@
+"""TRL's SFTTrainer with what edits need: optimiser groups clipped apart, checkpoints that are whole or absent, exact resume."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import TensorBoardCallback
+from trl import SFTConfig, SFTTrainer
+
+from ssmtune import adapter_files
+from ssmtune.errors import TrainingFailed
+from ssmtune.packing import PackedCollator
+from ssmtune.records import file_sha256, write_json
+
+if TYPE_CHECKING:
+    from ssmtune.attach import AdaptedModel
+    from ssmtune.train import OptimizerConfig, TrainConfig
+    from ssmtune.training_data import TrainingData
+
+COMPLETE = "complete.json"
+PREFIX = "checkpoint-"
+
+
+def make_sft_config(config: TrainConfig, num_steps: int) -> SFTConfig:
+    """TRL's settings for a training config of `num_steps` optimiser steps: evaluated and saved at the same steps."""
+    cuda = torch.cuda.is_available()
+    every = max(1, -(-num_steps // config.num_evaluations))
+    optimizer = config.optimizer
+    return SFTConfig(
+        output_dir=str(Path(config.output_dir) / "checkpoints"),
+        report_to=[],
+        seed=config.seed,
+        data_seed=config.seed,
+        max_steps=num_steps,
+        per_device_train_batch_size=config.rows_per_step,
+        per_device_eval_batch_size=config.rows_per_step,
+        gradient_accumulation_steps=config.num_accumulated,
+        learning_rate=optimizer.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(optimizer.warmup_share * num_steps),
+        weight_decay=optimizer.weight_decay,
+        # Clipping is ours (`on_pre_optimizer_step`): the trainer knows one norm for all parameters only.
+        max_grad_norm=0.0,
+        bf16=cuda and config.dtype == "bfloat16",
+        fp16=False,
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        logging_strategy="steps",
+        logging_steps=max(1, num_steps // 100),
+        # A non-finite loss must stop the run, not be averaged away.
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=cuda,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        # Routers are frozen: a balance loss could only bend the adapters towards them.
+        router_aux_loss_coef=0.0,
+        use_cpu=not cuda,
+        packing=False,
+    )
+
+
+class EditTrainer(SFTTrainer):
+    """Trains an `AdaptedModel`. After `train()` and `restore_best()`, `history` and `eval_history` tell what happened."""
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        args: SFTConfig,
+        data: TrainingData,
+        *,
+        optimizer_config: OptimizerConfig,
+        run_id: str,
+        progress: bool,
+    ) -> None:
+        self.optimizer_config = optimizer_config
+        self.run_id = run_id
+        self.restored_step = 0
+        self.history: list[dict[str, Any]] = []
+        self.eval_history: list[dict[str, Any]] = []
+        super().__init__(
+            model=adapted,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            data_collator=PackedCollator(pad_token_id=data.pad_token_id, multiple_of=64),
+            processing_class=data.tokenizer,
+        )
+        self.adapted = adapted
+        self.groups = grouped_parameters(adapted)
+        self.tokens_seen = 0
+        # `compute_loss` divides by the tokens of the whole step, so accumulated micro-batches simply add up.
+        self.loss_is_scaled_for_ga = True
+        # TRL puts a forward of its own on the base, which scores prompts as well where Triton is missing; `compute_loss`
+        # below takes the head's own path for the positions that have a target.
+        vars(adapted.get_base_model()).pop("forward", None)
+        adapted.require_gradients()
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Watch(self))
+        self.add_callback(TensorBoardCallback(SummaryWriter(str(Path(args.output_dir or "").parent / "logs"))))
+        if progress:
+            self.add_callback(_ProgressBar(self))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the cross entropy of the completions' tokens, summed and divided by their number in the whole step.
+
+        The model's own head runs on the positions that have a target and on no others.
+        """
+        targets = inputs["targets"]
+        with _head_on(self.adapted, inputs["loss_positions"]):
+            outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
+        loss = F.cross_entropy(outputs.logits.float(), targets, reduction="sum")
+        loss = loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+        if self.model.training:
+            self.tokens_seen += inputs["num_tokens"]
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with one group per optimiser group of the edits; the core has its own learning rate and no decay."""
+        if self.optimizer is None:
+            config = self.optimizer_config
+            settings = {
+                "lora": {"lr": config.learning_rate, "weight_decay": config.weight_decay},
+                "core": {"lr": config.core_learning_rate, "weight_decay": 0.0},
+            }
+            groups = [
+                {"name": name, "params": list(parameters.values()), **settings[name]}
+                for name, parameters in self.groups.items()
+            ]
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=torch.cuda.is_available())
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the adapter of this step; checkpoints keep what a control would discard, or they could not resume."""
+        directory = Path(output_dir or self.args.output_dir)
+        adapter_files.write(
+            self.adapted, directory, step=self.state.global_step, run_id=self.run_id, discard=False
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save as the trainer does, then vouch for every file; drop older checkpoints only after that."""
+        super()._save_checkpoint(model, trial)
+        directory = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
+        files = sorted(path.name for path in directory.iterdir() if path.is_file() and path.name != COMPLETE)
+        write_json(
+            directory / COMPLETE,
+            {
+                "sha256": {name: file_sha256(directory / name) for name in files},
+                "history": self.history,
+                "eval_history": self.eval_history,
+            },
+        )
+        keep = {self.state.global_step, self.best_step()}
+        for step, path in self._checkpoints():
+            if step not in keep:
+                shutil.rmtree(path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Put the checkpoint's adapter, both halves, into the model; the trainer loads optimiser, schedule and RNG."""
+        adapter_files.fill(self.adapted, adapter_files.read(Path(resume_from_checkpoint)))
+
+    def find_checkpoint(self) -> tuple[Path | None, list[Path]]:
+        """Return the latest complete checkpoint, and the incomplete ones that were removed."""
+        removed = []
+        for _, path in reversed(self._checkpoints()):
+            facts = _complete_facts(path)
+            if facts is not None:
+                self.history, self.eval_history = facts["history"], facts["eval_history"]
+                return path, removed
+            shutil.rmtree(path)
+            removed.append(path)
+        return None, removed
+
+    def best_step(self) -> int:
+        """The evaluated step with the lowest validation loss; the current step when none was evaluated."""
+        if not self.eval_history:
+            return int(self.state.global_step)
+        return int(min(self.eval_history, key=lambda entry: entry["eval_loss"])["step"])
+
+    def restore_best(self) -> None:
+        """Put the best checkpoint back as a whole, adapter and core of the same step."""
+        saved = {step: path for step, path in self._checkpoints()}
+        best = self.best_step()
+        if best not in saved:
+            best = max(saved)
+        adapter_files.fill(self.adapted, adapter_files.read(saved[best]))
+        self.restored_step = best
+
+    def _checkpoints(self) -> list[tuple[int, Path]]:
+        found = []
+        for path in Path(self.args.output_dir).glob(f"{PREFIX}*"):
+            step = path.name.removeprefix(PREFIX)
+            if step.isdigit():
+                found.append((int(step), path))
+        return sorted(found)
+
+
+def grouped_parameters(adapted: AdaptedModel) -> dict[str, dict[str, torch.nn.Parameter]]:
+    """Return the trained parameters by optimiser group and name; groups without any are absent."""
+    groups: dict[str, dict[str, torch.nn.Parameter]] = {}
+    for name, parameter in adapted.trained_parameters().items():
+        groups.setdefault(adapted.optimizer_group(name), {})[name] = parameter
+    return groups
+
+
+@contextmanager
+def _head_on(adapted: AdaptedModel, positions: torch.Tensor) -> Iterator[None]:
+    """While the block runs, the output head sees only the hidden states [B, T, d] at the flat `positions` [n], as [n, d]."""
+
+    def select(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        return (args[0].flatten(0, 1)[positions],)
+
+    handle = adapted.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _complete_facts(directory: Path) -> dict[str, Any] | None:
+    """The facts of a checkpoint's complete.json when every file is as it was written, else None."""
+    import json
+
+    try:
+        facts: dict[str, Any] = json.loads((directory / COMPLETE).read_text(encoding="utf-8"))
+        whole = all(file_sha256(directory / name) == value for name, value in facts["sha256"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return facts if whole else None
+
+
+class _Watch(TrainerCallback):
+    """Clips each optimiser group, stops on anything not finite or dead, and keeps the history."""
+
+    def __init__(self, trainer: EditTrainer) -> None:
+        self.trainer = trainer
+        self.norms: dict[str, float] = {}
+        self.tokens = 0
+        self.since = time.time()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.since = time.time()
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        groups = self.trainer.groups
+        if state.global_step == 0:
+            _refuse_dead(groups)
+        config = self.trainer.optimizer_config
+        norms = {name: _grad_norm(parameters) for name, parameters in groups.items()}
+        self.norms = {name: float(norm) for name, norm in norms.items()}
+        bad = [name for name, norm in self.norms.items() if not math.isfinite(norm)]
+        if bad:
+            raise TrainingFailed(_not_finite_message(groups, bad, state, args))
+        joint = math.sqrt(sum(norm**2 for norm in self.norms.values()))
+        for name, parameters in groups.items():
+            norm = joint if config.clip == "joint" else self.norms[name]
+            if norm > config.clip_norm:
+                torch._foreach_mul_([p.grad for p in parameters.values()], config.clip_norm / norm)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            now, tokens = time.time(), self.trainer.tokens_seen
+            self.trainer.history.append(
+                {
+                    "step": state.global_step,
+                    "loss": float(logs["loss"]),
+                    "lr": float(logs.get("learning_rate", 0.0)),
+                    "grad_norm": dict(self.norms),
+                    "tokens_per_s": (tokens - self.tokens) / max(now - self.since, 1e-9),
+                }
+            )
+            self.tokens, self.since = tokens, now
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any) -> None:
+        if metrics and "eval_loss" in metrics:
+            self.trainer.eval_history.append({"step": state.global_step, "eval_loss": float(metrics["eval_loss"])})
+        self.since = time.time()
+
+
+def _grad_norm(parameters: dict[str, torch.nn.Parameter]) -> torch.Tensor:
+    gradients = [p.grad for p in parameters.values()]
+    return torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(gradients)]))
+
+
+def _refuse_dead(groups: dict[str, dict[str, torch.nn.Parameter]]) -> None:
+    """Every trained tensor has a gradient at the first step; LoRA's A has a zero one, since B starts at zero."""
+    dead = [
+        name
+        for parameters in groups.values()
+        for name, p in parameters.items()
+        if p.grad is None or ("lora_A" not in name and not bool(p.grad.any()))
+    ]
+    if dead:
+        raise TrainingFailed(
+            f"{len(dead)} trained tensors get no gradient on the first step ({', '.join(dead[:3])}): the forward does not "
+            "use them. Nothing was trained. 'ssmtune inspect MODEL' shows how each path uses each tensor."
+        )
+
+
+def _not_finite_message(groups: Any, bad: list[str], state: TrainerState, args: Any) -> str:
+    names = [n for group in bad for n, p in groups[group].items() if not bool(torch.isfinite(p.grad).all())]
+    return (
+        f"step {state.global_step + 1}: the gradient of group {', '.join(bad)} is not finite, first in "
+        f"{names[0] if names else 'no single tensor'}; training stopped before the step. Checkpoints of earlier steps "
+        f"are kept in {args.output_dir}. Lower the learning rate of that group, or check the data of this step."
+    )
+
+
+class _ProgressBar(TrainerCallback):
+    """One line: steps, loss, tokens per second, time left."""
+
+    def __init__(self, trainer: EditTrainer) -> None:
+        self.trainer = trainer
+        self.progress = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.task: Any = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.progress.start()
+        self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, facts="")
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        facts = ""
+        if self.trainer.history:
+            last = self.trainer.history[-1]
+            facts = f"loss {last['loss']:.3f}  {last['tokens_per_s']:,.0f} tokens/s"
+        if self.trainer.eval_history:
+            facts += f"  validation {self.trainer.eval_history[-1]['eval_loss']:.3f}"
+        self.progress.update(self.task, completed=state.global_step, facts=facts)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.progress.stop()

@@ -1,0 +1,279 @@
+"""Train: a model, a recipe and data become a run directory. The `train` stage, on TRL's SFTTrainer.
+
+    RUN/run.json            the record: config, plan, history, movement of the core, verify result
+    RUN/adapter/            the trained adapter (the best checkpoint, both halves of one step)
+    RUN/checkpoints/        resumable states, each vouched for by a complete.json that is written last
+    RUN/logs/               TensorBoard
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pydantic
+
+from ssmtune.config import STRICT
+from ssmtune.errors import ConfigError, TrainingFailed
+from ssmtune.methods.lora import LoraOptions
+from ssmtune.models import Dtype, load_model, load_tokenizer
+from ssmtune.placement import Recipe, named_recipe
+from ssmtune.plan import Plan, make_plan
+from ssmtune.records import digest, new_record, read_record, write_json
+from ssmtune.training_data import DataConfig, TrainingData, prepare_data
+
+if TYPE_CHECKING:
+    from ssmtune.attach import AdaptedModel
+    from ssmtune.sft import EditTrainer
+
+RECORD = "run.json"
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerConfig:
+    """AdamW with a cosine schedule, one group for projections and one for the core.
+
+    `clip="separate"` clips each group by its own norm; "joint" clips both by their common norm, where the core's
+    gradients, which are much larger at first, scale the others down.
+    """
+
+    learning_rate: float = pydantic.Field(default=2e-4, gt=0)
+    core_learning_rate: float = pydantic.Field(default=1e-3, gt=0)
+    weight_decay: float = pydantic.Field(default=0.01, ge=0)
+    warmup_share: float = pydantic.Field(default=0.06, ge=0, lt=1)
+    clip: Literal["separate", "joint"] = "separate"
+    clip_norm: float = pydantic.Field(default=1.0, gt=0)
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    """What a run.yaml holds."""
+
+    model: str
+    output_dir: str
+    data: DataConfig
+    recipe: str | Recipe = "all+core"
+    name: str = ""
+    lora: LoraOptions = field(default_factory=lambda: LoraOptions(dropout=0.05))
+    allow_unmatched: bool = False
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    seed: int = 0
+    num_epochs: float = pydantic.Field(default=3.0, gt=0)
+    max_steps: int | None = pydantic.Field(default=None, ge=1)
+    rows_per_step: int = pydantic.Field(default=8, ge=1)
+    num_accumulated: int = pydantic.Field(default=1, ge=1)
+    num_evaluations: int = pydantic.Field(default=5, ge=1)
+    dtype: Dtype = "auto"
+    gradient_checkpointing: bool = False
+
+
+def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, progress: bool = True) -> dict[str, Any]:
+    """Train as `config` says, write the run directory and return its record.
+
+    A run that was interrupted is continued from its last complete checkpoint; a finished one is returned as it is.
+    Raises `ConfigError` when the directory holds a run with another config, `TrainingFailed` for a non-finite loss or
+    a full disk; the record then says so and earlier checkpoints stay.
+    """
+    run_dir = Path(config.output_dir)
+    settings = to_settings(config)
+    earlier = _earlier_run(run_dir, settings)
+    if earlier is not None:
+        on_message(f"{run_dir}: this run is done already; nothing to do.")
+        return earlier
+    started = time.time()
+    tokenizer = load_tokenizer(config.model)
+    data = prepare_data(config.data, tokenizer)
+    for message in data.messages:
+        on_message(message)
+    adapted = _adapted_model(config)
+    record = new_record(
+        "train",
+        config=settings,
+        status="aborted",
+        run_id=f"{digest(settings)}-{config.seed}",
+        name=config.name or recipe_name(config),
+        plan=plan_summary(adapted),
+        data=data.summary,
+        history=[],
+        eval_history=[],
+        verify=None,
+    )
+    write_json(run_dir / RECORD, record)
+    trainer = _make_trainer(config, adapted, data, record, progress)
+    try:
+        _run(trainer, run_dir, on_message)
+    except BaseException as error:
+        record["status"] = "failed" if isinstance(error, Exception) else "aborted"
+        record["error"] = str(error)
+        _write_last_record(run_dir, record)
+        raise
+    adapted.save_pretrained(run_dir / "adapter", step=trainer.restored_step, run_id=record["run_id"])
+    record |= {
+        "status": "provisional" if record["environment"]["dirty"] else "done",
+        "history": trainer.history,
+        "eval_history": trainer.eval_history,
+        "restored_step": trainer.restored_step,
+        "core": core_movement(adapted),
+        "survival": survival(adapted),
+        "seconds": time.time() - started,
+        "peak_memory_bytes": peak_memory(),
+    }
+    write_json(run_dir / RECORD, record)
+    return record
+
+
+def to_settings(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain data, without where it is written to: what decides the outcome."""
+    settings = asdict(config)
+    del settings["output_dir"]
+    return settings
+
+
+def recipe_name(config: TrainConfig) -> str:
+    """The recipe's name, whether it was given by name or in full."""
+    return config.recipe if isinstance(config.recipe, str) else config.recipe.name
+
+
+def _earlier_run(run_dir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    if not (run_dir / RECORD).exists():
+        return None
+    record = read_record(run_dir / RECORD, kind="train")
+    if digest(record["config"]) != digest(_plain(settings)):
+        changed = sorted(k for k in settings if _plain(settings)[k] != record["config"].get(k))
+        raise ConfigError(
+            f"{run_dir}: holds a run with another config (differs in {', '.join(changed)}). "
+            "Choose another output_dir, or delete that one."
+        )
+    return record if record["status"] in ("done", "provisional") else None
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they come back from JSON: tuples are lists there."""
+    import json
+
+    value: dict[str, Any] = json.loads(json.dumps(settings))
+    return value
+
+
+def _adapted_model(config: TrainConfig) -> AdaptedModel:
+    from transformers import set_seed
+
+    from ssmtune.attach import attach
+
+    model = load_model(config.model, dtype=config.dtype)
+    set_seed(config.seed)
+    return attach(model, make_config_plan(config, model))
+
+
+def make_config_plan(config: TrainConfig, model: Any) -> Plan:
+    """The plan of a training config for its model."""
+    recipe = config.recipe
+    if isinstance(recipe, str):
+        recipe = named_recipe(
+            recipe, **asdict(config.lora), seed=config.seed, allow_unmatched=config.allow_unmatched
+        )
+    return make_plan(model, recipe)
+
+
+def _make_trainer(
+    config: TrainConfig, adapted: AdaptedModel, data: TrainingData, record: dict[str, Any], progress: bool
+) -> EditTrainer:
+    # TRL and transformers are imported here so that reading a config does not load them.
+    from ssmtune.sft import EditTrainer, make_sft_config
+
+    steps_per_epoch = -(-len(data.train) // (config.rows_per_step * config.num_accumulated))
+    num_steps = config.max_steps or max(1, round(steps_per_epoch * config.num_epochs))
+    return EditTrainer(
+        adapted,
+        make_sft_config(config, num_steps),
+        data,
+        optimizer_config=config.optimizer,
+        run_id=record["run_id"],
+        progress=progress,
+    )
+
+
+def _run(trainer: EditTrainer, run_dir: Path, on_message: Callable[[str], None]) -> None:
+    checkpoint, removed = trainer.find_checkpoint()
+    for path in removed:
+        on_message(f"{path}: incomplete checkpoint (saving was interrupted), removed.")
+    if checkpoint is not None:
+        on_message(f"Continuing from {checkpoint}.")
+    try:
+        with warnings.catch_warnings():
+            # The order of data is replayed on resume; torch warns about state it cannot see.
+            warnings.simplefilter("ignore")
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        free = shutil.disk_usage(run_dir).free
+        raise TrainingFailed(
+            f"{run_dir}: no space left on the disk ({free:,} bytes free). Complete checkpoints are kept; "
+            "free space and run the same command again to continue."
+        ) from None
+    trainer.restore_best()
+
+
+def _write_last_record(run_dir: Path, record: dict[str, Any]) -> None:
+    try:
+        write_json(run_dir / RECORD, record)
+    except OSError:
+        # The disk is what failed; the error that is on its way says so, and an aborted record is already there.
+        pass
+
+
+def plan_summary(adapted: AdaptedModel) -> dict[str, Any]:
+    """What a record keeps of a plan: counts, groups, coverage by layer."""
+    from ssmtune.inventory import coverage_table, take_inventory
+
+    plan = adapted.plan
+    # The inventory of the base: the adapted model's own names carry PEFT's layers.
+    inventory = take_inventory(_weightless(adapted))
+    return {
+        "digest": plan.digest,
+        "recipe": plan.recipe,
+        "total": plan.total,
+        "trainable": plan.trainable,
+        "groups": plan.groups,
+        "coverage": coverage_table(inventory, {site.path for site in plan.sites}),
+    }
+
+
+def _weightless(adapted: AdaptedModel) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(adapted.base_model.model.config)
+
+
+def core_movement(adapted: AdaptedModel) -> list[dict[str, Any]]:
+    """For each core tensor: share of elements moved, size of the move, share that survives bf16, memory horizon."""
+    from ssmtune.core_report import describe_core
+
+    return describe_core(adapted)
+
+
+def survival(adapted: AdaptedModel) -> list[dict[str, Any]]:
+    """Share of each role's change that survives rounding to bf16, for roles whose tensors fit the check."""
+    from ssmtune.merge import survival_by_role, survival_report
+
+    return survival_by_role(survival_report(adapted))
+
+
+def peak_memory() -> int:
+    """Largest memory used so far, bytes: allocated on the GPU where there is one, else resident in this process."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,110 @@
+"""Merging gives the adapted model's function, every tensor rounded once; a second merge is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+
+from ssmtune.adapter_files import discarded_paths
+from ssmtune.attach import load, module_name, owner_of
+from ssmtune.errors import AttachError
+from ssmtune.merge import merge
+from ssmtune.methods.base import get_method
+from ssmtune.verify.base import Check, CheckResult, Subject
+from ssmtune.verify.forward import path_logits, relative_difference, tolerance
+from ssmtune.verify.fresh import fresh_base
+
+if TYPE_CHECKING:
+    from ssmtune.attach import AdaptedModel
+
+ROUNDING_LIMIT = 1.0
+SUM_ERROR = 2.0**-21
+"""fp32 error of the change itself, relative to the size of its terms: a product of up to some hundred ranks."""
+
+
+def _run(subject: Subject) -> CheckResult:
+    """Measured: largest difference of merged and adapted logits, relative to the largest; limit: the dtype's tolerance.
+
+    A tensor that is not the exact sum rounded once is reported instead: measured is then its error in half units of
+    the last place, limit 1.
+    """
+    copy = load(fresh_base(subject), subject.directory)
+    ids_BT = subject.documents[0][None].to(copy.base_model.model.device)
+    limit = tolerance(copy)
+    with torch.no_grad():
+        expected = path_logits(copy, "eval", ids_BT)
+        exact = _exact_tensors(copy)
+        merged = merge(copy)
+        logits = path_logits(merged, "eval", ids_BT)
+        rounding = {path: _rounding_error(_tensor(merged, path), *exact[path]) for path in exact}
+    difference = relative_difference(logits, expected)
+    worst = max(rounding, key=lambda path: rounding[path], default="")
+    twice = _merges_twice(copy)
+    if twice:
+        return _result(False, 1, 0, "the merged model", "a second merge was accepted: it would add every change twice")
+    if worst and rounding[worst] > ROUNDING_LIMIT:
+        detail = f"{worst} is not round(W + change): off by {rounding[worst]:.3g} half units in the last place"
+        return _result(False, rounding[worst], ROUNDING_LIMIT, worst, detail)
+    where = "" if difference <= limit else f"logits, although all {len(rounding)} tensors are the exact sums"
+    detail = f"{len(rounding)} tensors are the exact sum rounded once; logits differ by {difference:.2g} of the largest"
+    return _result(difference <= limit, difference, limit, where, detail)
+
+
+def _result(ok: bool, measured: float, limit: float, where: str, detail: str) -> CheckResult:
+    return CheckResult(name="merge", ok=ok, measured=measured, limit=limit, where=where, detail=detail)
+
+
+def _merges_twice(spent: AdaptedModel) -> bool:
+    try:
+        merge(spent)
+    except AttachError:
+        return False
+    return True
+
+
+def _exact_tensors(adapted: AdaptedModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """For each edited tensor: W + change in fp64 from the factors themselves, and the size of its terms.
+
+    Computed apart from `ssmtune.merge`, so that a fault there cannot hide in both.
+    Packed experts are left to the logits.
+    """
+    model = adapted.base_model.model
+    dropped = discarded_paths(adapted.plan)
+    exact = {}
+    for site in adapted.plan.sites:
+        if site.path in dropped or len(site.shape) == 3:
+            continue
+        if get_method(site.method).kind == "tensor":
+            owner: Any
+            owner, name = owner_of(model, site.path)
+            base = owner.parametrizations[name].original
+            value = adapted.edits[site.path](base).double()
+            exact[site.path] = (value, value.abs() + base.double().abs())
+            continue
+        layer = model.get_submodule(module_name(site))
+        assert isinstance(layer, LoraLayer)
+        weight = layer.get_base_layer().weight.double()
+        A_rI, B_Or = (factor["default"].weight.double() for factor in (layer.lora_A, layer.lora_B))
+        scale = site.options["alpha"] / site.options["rank"]
+        exact[site.path] = (weight + scale * (B_Or @ A_rI), weight.abs() + scale * (B_Or.abs() @ A_rI.abs()))
+    return exact
+
+
+def _tensor(model: Any, path: str) -> torch.Tensor:
+    owner, name = owner_of(model, path)
+    tensor: torch.Tensor = getattr(owner, name)
+    return tensor
+
+
+def _rounding_error(merged: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor) -> float:
+    """Largest |merged - exact| in units of what one rounding to the dtype may cost, plus the fp32 sum before it."""
+    _, exponent = torch.frexp(exact)
+    half_unit = torch.ldexp(torch.full_like(exact, torch.finfo(merged.dtype).eps / 4), exponent)
+    return float(((merged.double() - exact).abs() / (half_unit + SUM_ERROR * terms).clamp_min(1e-300)).max())
+
+
+CHECK = Check(
+    proves="the merged weights are the adapted model, each rounded once, and merging twice is refused", run=_run
+)

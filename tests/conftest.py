@@ -1,0 +1,31 @@
+"""Settings of every test: no network, and one thread, so that sums have one order."""
+
+from __future__ import annotations
+
+import os
+
+# Set before torch or huggingface_hub is imported: both read them on import.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The order of a sum depends on the number of threads, and bitwise tests compare processes."""
+    import torch
+
+    torch.set_num_threads(1)
+
+THIRD_PARTY_WARNINGS = (
+    # PEFT 0.21 asks the model by the name that transformers 5.23 renamed; the two releases only meet in a later PEFT.
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+)
+"""Warnings that other packages raise about one another: nothing here can act on them. All others are errors."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in THIRD_PARTY_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)

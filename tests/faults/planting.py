@@ -1,0 +1,32 @@
+"""Small adapted models with a few steps of training, and ways to plant faults in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ssmtune.attach import AdaptedModel
+from ssmtune.families.base import get_family
+from ssmtune.ops.seam import rebind, restore
+from ssmtune.verify.base import CheckResult
+
+Make = Callable[..., AdaptedModel]
+Run = Callable[..., CheckResult]
+
+
+def make_base(config: str = "dense", dtype: torch.dtype = torch.float32) -> Any:
+    """A tiny Granite hybrid with random weights; `dense` is tied, `odd` has biases, groups and a limit on dt."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(get_family("granite_hybrid").tiny_configs()[config]).to(dtype)
+
+
+def replace_operation(adapted: AdaptedModel, layer: int, **functions: Callable[..., Any]) -> None:
+    """Put other functions under one recurrent layer of an adapted model, and ssmtune's for the rest."""
+    module = adapted.base_model.model.model.layers[layer].mamba
+    operations = get_family("granite_hybrid").operations
+    assert operations is not None
+    restore(module)
+    rebind(module, {**operations(module), **functions})

@@ -1,0 +1,51 @@
+"""Every tolerance of the test suite, with its reason. Nothing is read from the environment or loosened."""
+
+from __future__ import annotations
+
+import torch
+
+FP32_EPS = torch.finfo(torch.float32).eps
+
+# Relative RMS error of an fp32 operation on up to 131 steps against fp64. A sum of n products of size 1 is off by about
+# sqrt(n) * eps; the cumulative log decay enters an exponential, which costs another factor of its size (up to ~40).
+OP_FP32 = 2e-5
+
+# What our fp32 operation may be worse than transformers' fp32 version of it, in relative RMS against fp64: both round,
+# at different places, and a tensor that one of them happens to get exactly right must not fail the other.
+OP_OVER_PEER = 2e-6
+
+# fp64 against fp64 in another order of summation: 131 steps * 2.2e-16, times the amplification of the exponential.
+OP_FP64 = 1e-12
+
+# bf16 has 8 bits: rounding an output once costs half a unit of 2^-8 of it, 0.2 %, never more.
+BF16_ROUND_ONCE = 2.0**-8
+
+# Logits of order 1 of a 3-layer fp32 model computed in another order (token by token, packed, padded): each layer
+# contributes a few eps of its activations' size (up to ~10); 1e-5 leaves no room for a missed token or document.
+LOGITS_FP32 = 1e-5
+
+# Logits of a merged model: the weight is rounded once to fp32 and the products are summed in another order.
+LOGITS_MERGED = 2e-5
+
+# Losses and weights of two equal runs that sum their gradients in another order (accumulated, packed): relative.
+# Adam divides by the root of the second moment, so a relative difference in a gradient passes through undamped.
+RUN_LOSS = 1e-5
+
+# Weights after a few AdamW steps: an element whose gradient is rounding noise moves by up to lr in either direction, so
+# single elements may differ by a few lr; the mean over a tensor may not.
+RUN_WEIGHTS_MEAN = 1e-2
+
+
+def relative_rms(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """RMS of the error over the RMS of the truth, in fp64; absolute where the truth is zero."""
+    truth = truth.double()
+    error = (found.double() - truth).pow(2).mean().sqrt()
+    size = truth.pow(2).mean().sqrt()
+    return float(error / size) if size > 0 else float(error)
+
+
+def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest |difference| over the larger of 1 and the largest |expected|."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    assert bool(torch.isfinite(found).all()), "the compared values are not finite"
+    return float((found.double() - expected.double()).abs().max() / max(1.0, float(expected.abs().max())))

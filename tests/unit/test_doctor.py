@@ -1,0 +1,90 @@
+"""The doctor measures every operation, and names a planted fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ssmtune import doctor
+from ssmtune.errors import ConfigError
+from ssmtune.families.base import get_family
+from ssmtune.ops.mamba2_chunk_scan import mamba2_chunk_scan
+from ssmtune.verify.base import CheckResult
+
+
+def _scan_errors(function: Any, label: str) -> dict[str, float]:
+    case = next(case for case in doctor._scan_cases() if case.label.startswith(label))
+    wrong = doctor.Case(
+        operation=case.operation,
+        label=case.label,
+        function=doctor._scan(function),
+        truth=case.truth,
+        inputs=case.inputs,
+    )
+    return doctor.case_errors(wrong, torch.float32, torch.device("cpu"))
+
+
+def test_every_operation_is_right_here() -> None:
+    report = doctor.examine("cpu")
+    assert report.ok, report.lines()
+    names = {name.partition("/")[0] for name in report.checks}
+    assert names == {"causal_conv1d", "causal_conv1d_update", "mamba2_chunk_scan", "selective_state_update"}
+    assert {name.partition("/")[2] for name in report.checks} == {"float32", "bfloat16"}
+    assert report.versions["torch"] and report.device == "cpu"
+    assert [CheckResult.from_dict(c) for c in report.to_dict()["checks"]] == list(report.checks.values())
+
+
+@pytest.mark.parametrize(("lost", "label"), [("seq_idx", "packed"), ("padding_mask", "continued and padded")])
+def test_an_operation_that_ignores_an_argument_is_found(lost: str, label: str) -> None:
+    """padding_mask: a pad that decays erodes the state that was handed in."""
+    errors = _scan_errors(lambda *args, **kwargs: mamba2_chunk_scan(*args, **{**kwargs, lost: None}), label)
+    assert errors["output"] > 100 * doctor.LIMITS[torch.float32]
+    assert errors["gradient of B"] > 100 * doctor.LIMITS[torch.float32]
+
+
+def test_a_wrong_gradient_under_a_right_forward_is_found() -> None:
+    def halved(x: Any, dt: Any, A: Any, *args: Any, **kwargs: Any) -> Any:
+        return mamba2_chunk_scan(x, dt, A.detach() + 0.5 * (A - A.detach()), *args, **kwargs)
+
+    errors = _scan_errors(halved, "plain, 63")
+    assert errors["output"] < doctor.LIMITS[torch.float32]
+    assert errors["gradient of A"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        y, state = mamba2_chunk_scan(*args, **kwargs)
+        return y * torch.where(torch.arange(y.shape[1]) == 0, torch.nan, 1.0)[:, None, None], state
+
+    monkeypatch.setattr(doctor, "mamba2_chunk_scan", poisoned)
+    result = doctor.examine("cpu").checks["mamba2_chunk_scan/float32"]
+    assert not result.ok and result.measured == float("inf") and "output" in result.where
+
+
+def test_known_bad_pairs_are_told_by_gpu_and_version() -> None:
+    pair = next(pair for pair in doctor.KNOWN_BAD if pair.package == "triton")
+    assert pair.applies(9, {"triton": (3, 6, 0)}) and pair.applies(9, {"triton": (3, 7, 0)})
+    assert not pair.applies(9, {"triton": (3, 7, 1)}) and not pair.applies(9, {"triton": (3, 3, 1)})
+    assert not pair.applies(8, {"triton": (3, 6, 0)}) and not pair.applies(9, {})
+
+
+def test_an_absent_gpu_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match="no GPU"):
+        doctor.examine("cuda")
+
+
+def test_leak_test_shows_stock_and_ours_and_leaves_the_model_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(get_family("granite_hybrid").tiny_configs()["dense"]).train()
+    before = torch.get_rng_state()
+    result = doctor.leak_test(model)
+    assert result.ok and "runs it leaks" in result.detail
+    assert model.training and torch.equal(before, torch.get_rng_state())
+    assert not any("forward" in vars(module) for module in model.modules())
+    llama = AutoModelForCausalLM.from_config(get_family("llama").tiny_configs()["dense"])
+    assert "keeps packed documents apart" in doctor.leak_test(llama).detail
