@@ -19,6 +19,7 @@ def _one_thread() -> None:
 
     torch.set_num_threads(1)
 
+
 THIRD_PARTY_WARNINGS = (
     # PEFT 0.21 asks the model by the name that transformers 5.23 renamed; the two releases only meet in a later PEFT.
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",

@@ -1,17 +1,19 @@
 """ssmtune: parameter-efficient fine-tuning of state-space and hybrid language models, with proof of what was trained.
 
-    inventory = ssmtune.take_inventory(model)
-    plan      = ssmtune.make_plan(model, recipe="all+core")
-    adapted   = ssmtune.attach(model, plan)
-    adapted.save_pretrained(directory)
-    adapted   = ssmtune.load(base_model, directory)
-    report    = ssmtune.verify(adapted)
-    model     = ssmtune.merge(adapted)
+inventory = ssmtune.take_inventory(model)
+plan      = ssmtune.make_plan(model, recipe="all+core")
+adapted   = ssmtune.attach(model, plan)
+adapted.save_pretrained(directory)
+adapted   = ssmtune.load(base_model, directory)
+report    = ssmtune.verify(adapted)
+model     = ssmtune.merge(adapted)
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,6 +54,20 @@ __all__ = [
     "take_inventory",
     "verify",
 ]
+
+
+class _Package(types.ModuleType):
+    """The package, in which `ssmtune.attach` stays the function although there is a module of that name.
+
+    Importing a submodule binds its name in the package; for the names below that would hide the function.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,6 @@ from ssmtune.plan import Plan
 from ssmtune.records import file_sha256, write_bytes, write_json
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from ssmtune.attach import AdaptedModel
@@ -96,9 +95,9 @@ def _value_kind(plan: Plan, path: str) -> str:
 
 
 def _peft_config(adapted: AdaptedModel, extras: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    config = dict(adapted.peft_config["default"].to_dict())
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    config = json.loads(json.dumps(config, default=str))
+    fields = dict(adapted.peft_config["default"].to_dict())
+    fields = {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
+    config: dict[str, Any] = json.loads(json.dumps(fields, default=str))
     config["inference_mode"] = True
     config["base_model_name_or_path"] = adapted.plan.model
     if extras:
@@ -127,7 +126,9 @@ def read(directory: Path) -> SavedAdapter:
     except PlanMismatch as error:
         raise AdapterMismatch(f"{directory / OUR_CONFIG}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterMismatch(f"{directory / OUR_CONFIG}: cannot be read ({error!r}). Use another checkpoint.") from None
+        raise AdapterMismatch(
+            f"{directory / OUR_CONFIG}: cannot be read ({error!r}). Use another checkpoint."
+        ) from None
     if version != FORMAT:
         raise AdapterMismatch(f"{directory}: adapter format {version}; this ssmtune reads {FORMAT}. Update ssmtune.")
     for name, expected in digests.items():
@@ -174,8 +175,7 @@ def fill(adapted: AdaptedModel, saved: SavedAdapter) -> None:
     set_peft_model_state_dict(adapted, dict(saved.peft_tensors))
     with torch.no_grad():
         for path, edit in kept.items():
-            parameter: nn.Parameter = edit.trained()
-            parameter.copy_(saved.our_tensors[path])
+            edit.trained().copy_(saved.our_tensors[path])
 
 
 def _check_keys(

@@ -6,9 +6,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-import torch
 from peft import LoraConfig, PeftModelForCausalLM, TaskType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
@@ -20,7 +19,7 @@ from ssmtune.config import decode
 from ssmtune.errors import AttachError, PlanMismatch
 from ssmtune.families.base import find_family
 from ssmtune.inventory import take_inventory
-from ssmtune.methods.base import get_method
+from ssmtune.methods.base import TensorEdit, get_method
 from ssmtune.operations import install_operations
 from ssmtune.plan import Plan, Site
 
@@ -39,7 +38,7 @@ class AdaptedModel(PeftModelForCausalLM):
 
     plan: Plan
     base_digest: str
-    edits: dict[str, nn.Module]
+    edits: dict[str, TensorEdit]
     fast_block: str
 
     def __init__(self, model: PreTrainedModel, plan: Plan) -> None:
@@ -47,7 +46,10 @@ class AdaptedModel(PeftModelForCausalLM):
         object.__setattr__(self, "base_digest", base_digest(model))
         operations = install_operations(model, find_family(model.config.model_type)[1])
         try:
-            super().__init__(model, _lora_config(plan))
+            with warnings.catch_warnings():
+                # PEFT reads an attribute that transformers has renamed.
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+                super().__init__(model, _lora_config(plan))
         except BaseException:
             operations.remove()
             raise
@@ -154,7 +156,7 @@ def attach(model: PreTrainedModel, plan: Plan, fast: Fast = "auto") -> AdaptedMo
     return adapted
 
 
-def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+def owner_of(model: nn.Module, path: str) -> tuple[Any, str]:
     """Return (module, attribute) that hold the tensor named `path`, looking through the layers that PEFT put around it."""
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent), name
@@ -168,7 +170,9 @@ def _lora_config(plan: Plan) -> LoraConfig:
     default: Mapping[str, Any] = sites[0].options if sites else {"rank": 1, "alpha": 1.0, "dropout": 0.0}
     dropouts = {site.options["dropout"] for site in sites}
     if len(dropouts) > 1:
-        raise AttachError(f"one adapter has one LoRA dropout, the plan has {sorted(dropouts)}. Use one value in all edits.")
+        raise AttachError(
+            f"one adapter has one LoRA dropout, the plan has {sorted(dropouts)}. Use one value in all edits."
+        )
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=default["rank"],
@@ -183,9 +187,7 @@ def _lora_config(plan: Plan) -> LoraConfig:
 
 
 def _pattern(sites: list[Site], option: str, default: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        module_name(site): site.options[option] for site in sites if site.options[option] != default[option]
-    }
+    return {module_name(site): site.options[option] for site in sites if site.options[option] != default[option]}
 
 
 def module_name(site: Site) -> str:
@@ -193,8 +195,8 @@ def module_name(site: Site) -> str:
     return site.path.removesuffix(".weight")
 
 
-def _apply_edits(model: PreTrainedModel, plan: Plan) -> dict[str, nn.Module]:
-    edits: dict[str, nn.Module] = {}
+def _apply_edits(model: PreTrainedModel, plan: Plan) -> dict[str, TensorEdit]:
+    edits: dict[str, TensorEdit] = {}
     for site in plan.sites:
         method = get_method(site.method)
         if method.kind != "tensor":
@@ -206,7 +208,7 @@ def _apply_edits(model: PreTrainedModel, plan: Plan) -> dict[str, nn.Module]:
         edit = method.make_edit(weight, options).to(weight.device)
         # unsafe: the effective tensor may be fp32 where the base is bf16, which is the point.
         parametrize.register_parametrization(owner, name, edit, unsafe=True)
-        edits[site.path] = edit
+        edits[site.path] = cast(TensorEdit, edit)
     return edits
 
 
@@ -227,5 +229,3 @@ def load(base_model: PreTrainedModel, directory: str | Path, *, trainable: bool 
             parameter.requires_grad_(False)
         adapted.eval()
     return adapted
-
-

@@ -72,7 +72,9 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
     try:
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}). The file may be truncated.") from None
+        raise ConfigError(
+            f"{path}, line {error.lineno}: not valid JSON ({error.msg}). The file may be truncated."
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

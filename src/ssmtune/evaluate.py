@@ -147,7 +147,9 @@ def answer(
         steps = bar.add_task("evaluate", total=len(tokens))
         for first in range(0, len(order), batch_examples):
             batch = order[first : first + batch_examples]
-            for index, result in zip(batch, _generate(model, tokenizer, [tokens[i] for i in batch], max_new_tokens)):
+            for index, result in zip(
+                batch, _generate(model, tokenizer, [tokens[i] for i in batch], max_new_tokens), strict=True
+            ):
                 answers[index] = result
             bar.advance(steps, len(batch))
     return answers

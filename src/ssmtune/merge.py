@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from torch.nn.utils import parametrize
 
 from ssmtune import adapter_files
 from ssmtune.adapter_files import discarded_paths
@@ -178,7 +177,8 @@ def merge_to(run: str, out: Path, *, model: str | None = None, dtype: Dtype = "a
 
 def _model_card(result: dict[str, Any]) -> str:
     rows = "\n".join(
-        f"| {row['role']} | {row['tensors']} | {row['changed']:.1%} | {row['survives']:.1%} |" for row in result["survival"]
+        f"| {row['role']} | {row['tensors']} | {row['changed']:.1%} | {row['survives']:.1%} |"
+        for row in result["survival"]
     )
     return (
         f"# Merged model\n\n"

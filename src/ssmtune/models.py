@@ -55,7 +55,9 @@ def load_config(name: str) -> Any:
         config.name_or_path = name
         return config
     if path.exists():
-        raise ConfigError(f"{name}: holds no config.json, so it is no model directory. Give the directory of a saved model.")
+        raise ConfigError(
+            f"{name}: holds no config.json, so it is no model directory. Give the directory of a saved model."
+        )
     try:
         return AutoConfig.from_pretrained(location)
     except (OSError, ValueError) as error:
@@ -80,7 +82,6 @@ def load_model(name: str, *, dtype: Dtype = "auto", device: str | None = None) -
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-
     from transformers.utils import logging
 
     load_config(name)
@@ -104,7 +105,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_location(name), trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model_location(name), trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {name!r}: tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
     if not tokenizer.chat_template:

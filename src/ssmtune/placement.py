@@ -55,7 +55,13 @@ class Recipe:
 
 
 def named_recipe(
-    name: str, *, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, seed: int = 0, allow_unmatched: bool = False
+    name: str,
+    *,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    seed: int = 0,
+    allow_unmatched: bool = False,
 ) -> Recipe:
     """Return the recipe of that name. Raises `ConfigError` naming the nearest.
 
@@ -63,7 +69,9 @@ def named_recipe(
     ['lora', 'core']
     """
     if name not in RECIPES:
-        raise ConfigError(f"recipe {name!r} does not exist; {nearest(name, RECIPES)}. A YAML file can hold one of your own.")
+        raise ConfigError(
+            f"recipe {name!r} does not exist; {nearest(name, RECIPES)}. A YAML file can hold one of your own."
+        )
     low_rank = {"rank": rank, "alpha": alpha, "dropout": dropout}
     placement, _, core = name.removeprefix("control:").partition("+")
     edits = []

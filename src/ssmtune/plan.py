@@ -107,7 +107,11 @@ class Plan:
 
 
 def make_plan(
-    model: PreTrainedModel, recipe: str | Recipe = "all+core", *, inventory: Inventory | None = None, **recipe_options: Any
+    model: PreTrainedModel,
+    recipe: str | Recipe = "all+core",
+    *,
+    inventory: Inventory | None = None,
+    **recipe_options: Any,
 ) -> Plan:
     """Return the plan of a recipe for a model, real or on the meta device. The model is not changed.
 

@@ -127,7 +127,6 @@ def _measure(config: Any, family: Family) -> dict[str, dict[str, Use]]:
 @contextmanager
 def _recording(model: Any) -> Iterator[dict[str, Use]]:
     """Record, while the block runs, which parameters reach a torch function, and whether inside their owner's own call."""
-    import torch
     from torch.overrides import TorchFunctionMode
 
     owners = {}

@@ -8,8 +8,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import subprocess
-import tempfile
 import zlib
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -70,7 +70,7 @@ def digest(value: Any) -> str:
 def file_sha256(path: Path | str) -> str:
     """Return the hex sha256 of a file's bytes."""
     value = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with Path(path).open("rb") as stream:
         for block in iter(lambda: stream.read(1 << 20), b""):
             value.update(block)
     return value.hexdigest()
@@ -90,15 +90,16 @@ def write_json(path: Path | str, value: Any) -> Path:
 
 def write_bytes(path: Path, payload: bytes) -> None:
     """Write bytes to `path` atomically: a temporary sibling, flushed to disk, then renamed over it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Opened by name, not by mkstemp, so that the file gets the user's usual permissions.
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("xb") as stream:
             stream.write(payload)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -111,7 +112,9 @@ def read_record(path: Path | str, *, kind: Kind | None = None) -> dict[str, Any]
     except FileNotFoundError:
         raise RecordError(f"{path}: no such record. Run the stage that writes it first.") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise RecordError(f"{path}: not a readable record ({error}). It may be truncated; run the stage again.") from None
+        raise RecordError(
+            f"{path}: not a readable record ({error}). It may be truncated; run the stage again."
+        ) from None
     if not isinstance(value, dict) or "kind" not in value:
         raise RecordError(f"{path}: holds no 'kind' field, so it is not a record of ssmtune.")
     if kind is not None and value["kind"] != kind:
@@ -144,7 +147,9 @@ def _git_state() -> tuple[str | None, bool]:
     # Installed inside somebody's project, that project's commit says nothing about this code.
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None, False
-    return _git(here.parent, "rev-parse", "HEAD"), bool(_git(here.parent, "status", "--porcelain", "--untracked-files=no"))
+    return _git(here.parent, "rev-parse", "HEAD"), bool(
+        _git(here.parent, "status", "--porcelain", "--untracked-files=no")
+    )
 
 
 def _git(directory: Path, *arguments: str) -> str | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
 
 from ssmtune import adapter_files
-from ssmtune.errors import TrainingFailed
 from ssmtune.packing import PackedCollator
 from ssmtune.records import file_sha256, write_json
+from ssmtune.watch import ProgressBar, Watch
 
 if TYPE_CHECKING:
     from ssmtune.attach import AdaptedModel
@@ -33,7 +29,7 @@ COMPLETE = "complete.json"
 PREFIX = "checkpoint-"
 
 
-def make_sft_config(config: TrainConfig, num_steps: int) -> SFTConfig:
+def make_sft_config(config: TrainConfig, num_steps: int, dtype: torch.dtype) -> SFTConfig:
     """TRL's settings for a training config of `num_steps` optimiser steps: evaluated and saved at the same steps."""
     cuda = torch.cuda.is_available()
     every = max(1, -(-num_steps // config.num_evaluations))
@@ -53,7 +49,7 @@ def make_sft_config(config: TrainConfig, num_steps: int) -> SFTConfig:
         weight_decay=optimizer.weight_decay,
         # Clipping is ours (`on_pre_optimizer_step`): the trainer knows one norm for all parameters only.
         max_grad_norm=0.0,
-        bf16=cuda and config.dtype == "bfloat16",
+        bf16=cuda and dtype == torch.bfloat16,
         fp16=False,
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
@@ -113,10 +109,10 @@ class EditTrainer(SFTTrainer):
         vars(adapted.get_base_model()).pop("forward", None)
         adapted.require_gradients()
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Watch(self))
+        self.add_callback(Watch(self))
         self.add_callback(TensorBoardCallback(SummaryWriter(str(Path(args.output_dir or "").parent / "logs"))))
         if progress:
-            self.add_callback(_ProgressBar(self))
+            self.add_callback(ProgressBar(self))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -136,7 +132,8 @@ class EditTrainer(SFTTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with one group per optimiser group of the edits; the core has its own learning rate and no decay."""
-        if self.optimizer is None:
+        optimizer: torch.optim.Optimizer | None = vars(self).get("optimizer")
+        if optimizer is None:
             config = self.optimizer_config
             settings = {
                 "lora": {"lr": config.learning_rate, "weight_decay": config.weight_decay},
@@ -146,15 +143,14 @@ class EditTrainer(SFTTrainer):
                 {"name": name, "params": list(parameters.values()), **settings[name]}
                 for name, parameters in self.groups.items()
             ]
-            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=torch.cuda.is_available())
-        return self.optimizer
+            optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=torch.cuda.is_available())
+            self.optimizer = optimizer
+        return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the adapter of this step; checkpoints keep what a control would discard, or they could not resume."""
         directory = Path(output_dir or self.args.output_dir)
-        adapter_files.write(
-            self.adapted, directory, step=self.state.global_step, run_id=self.run_id, discard=False
-        )
+        adapter_files.write(self.adapted, directory, step=self.state.global_step, run_id=self.run_id, discard=False)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save as the trainer does, then vouch for every file; drop older checkpoints only after that."""
@@ -180,7 +176,7 @@ class EditTrainer(SFTTrainer):
 
     def find_checkpoint(self) -> tuple[Path | None, list[Path]]:
         """Return the latest complete checkpoint, and the incomplete ones that were removed."""
-        removed = []
+        removed: list[Path] = []
         for _, path in reversed(self._checkpoints()):
             facts = _complete_facts(path)
             if facts is not None:
@@ -198,7 +194,7 @@ class EditTrainer(SFTTrainer):
 
     def restore_best(self) -> None:
         """Put the best checkpoint back as a whole, adapter and core of the same step."""
-        saved = {step: path for step, path in self._checkpoints()}
+        saved = dict(self._checkpoints())
         best = self.best_step()
         if best not in saved:
             best = max(saved)
@@ -246,115 +242,3 @@ def _complete_facts(directory: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError):
         return None
     return facts if whole else None
-
-
-class _Watch(TrainerCallback):
-    """Clips each optimiser group, stops on anything not finite or dead, and keeps the history."""
-
-    def __init__(self, trainer: EditTrainer) -> None:
-        self.trainer = trainer
-        self.norms: dict[str, float] = {}
-        self.tokens = 0
-        self.since = time.time()
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.since = time.time()
-
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        groups = self.trainer.groups
-        if state.global_step == 0:
-            _refuse_dead(groups)
-        config = self.trainer.optimizer_config
-        norms = {name: _grad_norm(parameters) for name, parameters in groups.items()}
-        self.norms = {name: float(norm) for name, norm in norms.items()}
-        bad = [name for name, norm in self.norms.items() if not math.isfinite(norm)]
-        if bad:
-            raise TrainingFailed(_not_finite_message(groups, bad, state, args))
-        joint = math.sqrt(sum(norm**2 for norm in self.norms.values()))
-        for name, parameters in groups.items():
-            norm = joint if config.clip == "joint" else self.norms[name]
-            if norm > config.clip_norm:
-                torch._foreach_mul_([p.grad for p in parameters.values()], config.clip_norm / norm)
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        logs = logs or {}
-        if "loss" in logs:
-            now, tokens = time.time(), self.trainer.tokens_seen
-            self.trainer.history.append(
-                {
-                    "step": state.global_step,
-                    "loss": float(logs["loss"]),
-                    "lr": float(logs.get("learning_rate", 0.0)),
-                    "grad_norm": dict(self.norms),
-                    "tokens_per_s": (tokens - self.tokens) / max(now - self.since, 1e-9),
-                }
-            )
-            self.tokens, self.since = tokens, now
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any) -> None:
-        if metrics and "eval_loss" in metrics:
-            self.trainer.eval_history.append({"step": state.global_step, "eval_loss": float(metrics["eval_loss"])})
-        self.since = time.time()
-
-
-def _grad_norm(parameters: dict[str, torch.nn.Parameter]) -> torch.Tensor:
-    gradients = [p.grad for p in parameters.values()]
-    return torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(gradients)]))
-
-
-def _refuse_dead(groups: dict[str, dict[str, torch.nn.Parameter]]) -> None:
-    """Every trained tensor has a gradient at the first step; LoRA's A has a zero one, since B starts at zero."""
-    dead = [
-        name
-        for parameters in groups.values()
-        for name, p in parameters.items()
-        if p.grad is None or ("lora_A" not in name and not bool(p.grad.any()))
-    ]
-    if dead:
-        raise TrainingFailed(
-            f"{len(dead)} trained tensors get no gradient on the first step ({', '.join(dead[:3])}): the forward does not "
-            "use them. Nothing was trained. 'ssmtune inspect MODEL' shows how each path uses each tensor."
-        )
-
-
-def _not_finite_message(groups: Any, bad: list[str], state: TrainerState, args: Any) -> str:
-    names = [n for group in bad for n, p in groups[group].items() if not bool(torch.isfinite(p.grad).all())]
-    return (
-        f"step {state.global_step + 1}: the gradient of group {', '.join(bad)} is not finite, first in "
-        f"{names[0] if names else 'no single tensor'}; training stopped before the step. Checkpoints of earlier steps "
-        f"are kept in {args.output_dir}. Lower the learning rate of that group, or check the data of this step."
-    )
-
-
-class _ProgressBar(TrainerCallback):
-    """One line: steps, loss, tokens per second, time left."""
-
-    def __init__(self, trainer: EditTrainer) -> None:
-        self.trainer = trainer
-        self.progress = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self.task: Any = None
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress.start()
-        self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, facts="")
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        facts = ""
-        if self.trainer.history:
-            last = self.trainer.history[-1]
-            facts = f"loss {last['loss']:.3f}  {last['tokens_per_s']:,.0f} tokens/s"
-        if self.trainer.eval_history:
-            facts += f"  validation {self.trainer.eval_history[-1]['eval_loss']:.3f}"
-        self.progress.update(self.task, completed=state.global_step, facts=facts)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress.stop()

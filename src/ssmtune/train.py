@@ -1,9 +1,9 @@
 """Train: a model, a recipe and data become a run directory. The `train` stage, on TRL's SFTTrainer.
 
-    RUN/run.json            the record: config, plan, history, movement of the core, verify result
-    RUN/adapter/            the trained adapter (the best checkpoint, both halves of one step)
-    RUN/checkpoints/        resumable states, each vouched for by a complete.json that is written last
-    RUN/logs/               TensorBoard
+RUN/run.json            the record: config, plan, history, movement of the core, verify result
+RUN/adapter/            the trained adapter (the best checkpoint, both halves of one step)
+RUN/checkpoints/        resumable states, each vouched for by a complete.json that is written last
+RUN/logs/               TensorBoard
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
         name=config.name or recipe_name(config),
         plan=plan_summary(adapted),
         data=data.summary,
+        base_dtype=str(adapted.base_model.model.dtype).removeprefix("torch."),
         history=[],
         eval_history=[],
         verify=None,
@@ -166,18 +167,23 @@ def _adapted_model(config: TrainConfig) -> AdaptedModel:
 
     from ssmtune.attach import attach
 
-    model = load_model(config.model, dtype=config.dtype)
+    model = load_model(config.model, dtype=training_dtype(config.dtype))
     set_seed(config.seed)
     return attach(model, make_config_plan(config, model))
+
+
+def training_dtype(dtype: Dtype) -> Dtype:
+    """Return the precision to load the base in: "auto" is fp32 on a CPU, where bf16 is slow, and the checkpoint's on a GPU."""
+    import torch
+
+    return "float32" if dtype == "auto" and not torch.cuda.is_available() else dtype
 
 
 def make_config_plan(config: TrainConfig, model: Any) -> Plan:
     """The plan of a training config for its model."""
     recipe = config.recipe
     if isinstance(recipe, str):
-        recipe = named_recipe(
-            recipe, **asdict(config.lora), seed=config.seed, allow_unmatched=config.allow_unmatched
-        )
+        recipe = named_recipe(recipe, **asdict(config.lora), seed=config.seed, allow_unmatched=config.allow_unmatched)
     return make_plan(model, recipe)
 
 
@@ -191,7 +197,7 @@ def _make_trainer(
     num_steps = config.max_steps or max(1, round(steps_per_epoch * config.num_epochs))
     return EditTrainer(
         adapted,
-        make_sft_config(config, num_steps),
+        make_sft_config(config, num_steps, adapted.base_model.model.dtype),
         data,
         optimizer_config=config.optimizer,
         run_id=record["run_id"],

@@ -181,7 +181,5 @@ def _pack(dataset: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
         remove_columns=[name for name in dataset.column_names if name != "input_ids"],
     )
     if not config.packing:
-        return labelled.map(
-            lambda batch: {"seq_lengths": [[len(ids)] for ids in batch["input_ids"]]}, batched=True
-        )
+        return labelled.map(lambda batch: {"seq_lengths": [[len(ids)] for ids in batch["input_ids"]]}, batched=True)
     return pack_dataset(labelled, config.max_length, strategy="bfd")

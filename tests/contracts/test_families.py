@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CASE_IDS, CASES, RECURRENT_CASES, RECURRENT_IDS, Case, logits_of, tiny_config, tiny_model, tiny_tokens
+from contracts.tiny import (
+    CASE_IDS,
+    CASES,
+    RECURRENT_CASES,
+    RECURRENT_IDS,
+    Case,
+    logits_of,
+    tiny_config,
+    tiny_model,
+    tiny_tokens,
+)
 from tolerances import LOGITS_FP32, largest_difference
 from transformers import AutoModelForCausalLM
 
@@ -119,13 +129,12 @@ def test_wrong_row_ranges_are_refused(case: Case, monkeypatch: pytest.MonkeyPatc
     if not rows:
         assert not take_inventory(tiny_model(case)).segments
         return
+
     # One row too many in the last part of every claim: the mistake that shifts nothing and still is one.
     def one_too_many(rows: Any) -> Any:
         return lambda config: (*rows(config)[:-1], (rows(config)[-1][0], rows(config)[-1][1] + 1))
 
-    broken = tuple(
-        dataclasses.replace(claim, rows=claim.rows and one_too_many(claim.rows)) for claim in family.claims
-    )
+    broken = tuple(dataclasses.replace(claim, rows=claim.rows and one_too_many(claim.rows)) for claim in family.claims)
     replaced = dataclasses.replace(family, claims=broken)
     monkeypatch.setattr("ssmtune.inventory.find_family", lambda model_type: (case[0], replaced))
     with pytest.raises(UnsupportedModel, match="row ranges of role .* cover"):

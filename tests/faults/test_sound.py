@@ -60,6 +60,15 @@ def test_other_variants_pass(make: Make, run: Run, same_process: None, config: s
         assert run(name, adapted).ok, name
 
 
+def test_a_bf16_model_keeps_its_own_tensors(make: Make) -> None:
+    adapted = make("control:core-in-place", dtype=torch.bfloat16)
+    before = _state(adapted)
+    addresses = [p.data_ptr() for p in adapted.parameters()]
+    assert verify(adapted, checks=["packing", "padding"]).ok
+    _assert_same(before, _state(adapted))
+    assert addresses == [p.data_ptr() for p in adapted.parameters()]
+
+
 def test_an_untrained_adapter_is_not_called_trained(make: Make, run: Run, same_process: None) -> None:
     adapted = make(num_steps=0)
     assert not run("moved", adapted).ok

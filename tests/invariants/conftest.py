@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from micro import save_micro_model, write_examples
+from invariants.micro import save_micro_model, write_examples
 
 
 @pytest.fixture(scope="session")

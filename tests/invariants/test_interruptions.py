@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from micro import losses, micro_run, train_micro
+from invariants.micro import losses, micro_run, train_micro
 
 from ssmtune import adapter_files, sft
 from ssmtune.attach import load

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from micro import losses, micro_run, train_micro, trained_tensors
+from invariants.micro import losses, micro_run, train_micro, trained_tensors
 from peft import PeftModel
 from tolerances import RUN_LOSS, RUN_WEIGHTS_MEAN
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_utils
 
 from ssmtune import adapter_files
 from ssmtune.attach import load
@@ -213,9 +213,20 @@ def test_equal_seeds_give_equal_runs(micro_model: Path, micro_data: Path, tmp_pa
         assert (tmp_path / "a/adapter" / name).read_bytes() == (tmp_path / "b/adapter" / name).read_bytes(), name
 
 
-def test_checkpointing_changes_nothing(micro_model: Path, micro_data: Path, tmp_path: Path) -> None:
+def test_checkpointing_changes_nothing(
+    micro_model: Path, micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = train_micro(micro_run(micro_model, micro_data, tmp_path / "plain"))
+    calls: list[int] = []
+    original = modeling_utils.checkpoint
+
+    def checkpoint(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(modeling_utils, "checkpoint", checkpoint)
     checkpointed = train_micro(micro_run(micro_model, micro_data, tmp_path / "saved", gradient_checkpointing=True))
+    assert len(calls) == 4 * 2, "four steps of two layers"
     assert losses(plain) == losses(checkpointed)
     ours, theirs = trained_tensors(tmp_path / "plain/adapter"), trained_tensors(tmp_path / "saved/adapter")
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
@@ -268,9 +279,7 @@ def test_discarded_core_leaves_the_factors_of_the_full_method(
 ) -> None:
     """The control trains what the full method trains, keeps the core in checkpoints, and saves a plain PEFT adapter."""
     full = train_micro(micro_run(micro_model, micro_data, tmp_path / "full"))
-    control = train_micro(
-        micro_run(micro_model, micro_data, tmp_path / "control", recipe="control:core-discarded")
-    )
+    control = train_micro(micro_run(micro_model, micro_data, tmp_path / "control", recipe="control:core-discarded"))
     assert losses(full) == losses(control)
     saved_full = adapter_files.read(tmp_path / "full/adapter")
     saved_control = adapter_files.read(tmp_path / "control/adapter")

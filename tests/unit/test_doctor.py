@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ssmtune import doctor
+from ssmtune import doctor, op_cases
 from ssmtune.errors import ConfigError
 from ssmtune.families.base import get_family
 from ssmtune.ops.mamba2_chunk_scan import mamba2_chunk_scan
@@ -16,15 +16,15 @@ from ssmtune.verify.base import CheckResult
 
 
 def _scan_errors(function: Any, label: str) -> dict[str, float]:
-    case = next(case for case in doctor._scan_cases() if case.label.startswith(label))
-    wrong = doctor.Case(
+    case = next(case for case in op_cases._scan_cases() if case.label.startswith(label))
+    wrong = op_cases.Case(
         operation=case.operation,
         label=case.label,
-        function=doctor._scan(function),
+        function=op_cases._scan(function),
         truth=case.truth,
         inputs=case.inputs,
     )
-    return doctor.case_errors(wrong, torch.float32, torch.device("cpu"))
+    return op_cases.case_errors(wrong, torch.float32, torch.device("cpu"))
 
 
 def test_every_operation_is_right_here() -> None:
@@ -59,7 +59,7 @@ def test_a_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         y, state = mamba2_chunk_scan(*args, **kwargs)
         return y * torch.where(torch.arange(y.shape[1]) == 0, torch.nan, 1.0)[:, None, None], state
 
-    monkeypatch.setattr(doctor, "mamba2_chunk_scan", poisoned)
+    monkeypatch.setattr(op_cases, "mamba2_chunk_scan", poisoned)
     result = doctor.examine("cpu").checks["mamba2_chunk_scan/float32"]
     assert not result.ok and result.measured == float("inf") and "output" in result.where
 

@@ -360,12 +360,8 @@ def test_conv_is_its_definition(num_steps: int, packed: bool, activation: str | 
     options = {"activation": activation, "seq_idx": documents(num_steps) if packed else None}
     tensors = conv_inputs(num_steps)
     truth = run_with_gradients(with_empty_state(conv_by_hand), tensors, torch.float64, **options)
-    assert_close(
-        run_with_gradients(with_empty_state(conv), tensors, torch.float64, **options), truth, OP_FP64
-    )
-    assert_close(
-        run_with_gradients(with_empty_state(conv), tensors, torch.float32, **options), truth, OP_FP32
-    )
+    assert_close(run_with_gradients(with_empty_state(conv), tensors, torch.float64, **options), truth, OP_FP64)
+    assert_close(run_with_gradients(with_empty_state(conv), tensors, torch.float32, **options), truth, OP_FP32)
 
 
 def test_conv_without_bias_when_packed() -> None:
@@ -379,7 +375,7 @@ def test_conv_without_bias_when_packed() -> None:
 def test_conv_reads_padding_as_zero(side: str) -> None:
     tensors = conv_inputs(12)
     mask = torch.ones(BATCH, 12)
-    mask[:, :5 if side == "left" else None][:, slice(None) if side == "left" else slice(7, None)] = 0
+    mask[:, : 5 if side == "left" else None][:, slice(None) if side == "left" else slice(7, None)] = 0
     found = conv(**tensors, padding_mask=mask)
     assert relative_rms(found, conv_by_hand(**tensors, padding_mask=mask)) <= OP_FP64
     real = slice(5, None) if side == "left" else slice(0, 7)
@@ -452,9 +448,7 @@ def test_any_packing_of_the_scan_equals_its_documents(lengths: list[int], seed: 
     start = 0
     for index, length in enumerate(lengths):
         part = {n: v[:, start : start + length] if "BT" in n else v for n, v in tensors.items()}
-        alone, last = scan(
-            **part, initial_states_BHPN=state if index == 0 else None, dt_softplus=True
-        )
+        alone, last = scan(**part, initial_states_BHPN=state if index == 0 else None, dt_softplus=True)
         assert relative_rms(packed[:, start : start + length], alone) <= OP_FP64
         start += length
     assert relative_rms(final, last) <= OP_FP64

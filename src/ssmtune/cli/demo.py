@@ -41,8 +41,10 @@ def demo(
         tables().print(table)
         checks = record["verify"]["checks"]
         good = sum(check["ok"] for check in checks)
-        tables().print(f"verify V4: {good} of {len(checks)} checks hold; merged answers equal adapted: "
-                       f"{record['merged_equals_adapted']}")
+        tables().print(
+            f"verify V4: {good} of {len(checks)} checks hold; merged answers equal adapted: "
+            f"{record['merged_equals_adapted']}"
+        )
         tables().print(f"Report: {record['report']}   ({record['seconds']:.0f} s)")
     if not record["verify"]["ok"] or not record["merged_equals_adapted"]:
         raise typer.Exit(1)

@@ -37,9 +37,10 @@ def doctor(
             table.add_column(heading)
         for check in checks:
             mark = "[green]ok[/green]" if check.ok else "[red]FAILED[/red]"
-            table.add_row(
-                check.name, mark, f"{check.measured:.2g}", f"{check.limit:.2g}", check.where, check.detail
-            )
+            table.add_row(check.name, mark, f"{check.measured:.2g}", f"{check.limit:.2g}", check.where, check.detail)
         tables().print(table)
+        tables().print("  ".join(f"{name} {version}" for name, version in report.versions.items()))
+        for pair in report.known_bad:
+            tables().print(f"[yellow]known bad here: {pair.name} on {pair.gpu}: {pair.reason} ({pair.source})[/yellow]")
     if not ok:
         raise typer.Exit(1)

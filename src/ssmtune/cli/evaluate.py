@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -32,18 +33,20 @@ def evaluate(
     from ssmtune.records import read_record, write_json
     from ssmtune.stats import paired_difference
 
-    settings = {"task": task, "size": size, "num_examples": num_examples, "batch_examples": batch_examples}
+    alone = EvaluateConfig(
+        model=run, task=task, size=size, num_examples=num_examples, batch_examples=batch_examples, name="base"
+    )
     records = []
     if (Path(run) / "run.json").is_file():
         trained = read_record(Path(run) / "run.json", kind="train")
-        model = trained["config"]["model"]
-        adapted = EvaluateConfig(model=model, adapter=str(Path(run) / "adapter"), name=trained["name"], **settings)
+        alone = replace(alone, model=trained["config"]["model"])
+        adapted = replace(alone, adapter=str(Path(run) / "adapter"), name=trained["name"])
         records.append(evaluate_stage(adapted))
         write_json(Path(run) / f"evaluate-{task}.json", records[0])
     else:
-        model, base = run, True
+        base = True
     if base:
-        records.append(evaluate_stage(EvaluateConfig(model=model, name="base", **settings)))
+        records.append(evaluate_stage(alone))
     if json_output:
         print_result(records)
         return
@@ -58,6 +61,6 @@ def evaluate(
         if len(records) == 2:
             ours, theirs = ([record["scores"][metric]] for record in records)
             result = paired_difference(ours, theirs, seed=0)
-            row.append(f"{result.mean:+.1%} [{result.low:+.1%}, {result.high:+.1%}]")
+            row.append(f"{result.difference:+.1%} [{result.low:+.1%}, {result.high:+.1%}]")
         table.add_row(*row)
     tables().print(table)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 
 from ssmtune.cli.output import print_result, quiet_libraries, tables, words
+from ssmtune.errors import ConfigError, nearest
 
 
 def merge(
@@ -25,8 +26,11 @@ def merge(
     from rich.table import Table
 
     from ssmtune.merge import merge_to
+    from ssmtune.models import Dtype
 
-    result = merge_to(run, out, model=model, dtype=dtype)
+    if dtype not in get_args(Dtype):
+        raise ConfigError(f"--dtype {dtype!r}: {nearest(dtype, get_args(Dtype))}.")
+    result = merge_to(run, out, model=model, dtype=cast(Dtype, dtype))
     if json_output:
         print_result(result)
         return

@@ -69,7 +69,9 @@ def _operations(module: nn.Module) -> Mapping[str, Callable[..., Any]]:
         )
         return (y, final) if return_final_states else y
 
-    def step(state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, *, dt_bias: Any, dt_softplus: bool, **_: Any) -> Any:
+    def step(
+        state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, *, dt_bias: Any, dt_softplus: bool, **_: Any
+    ) -> Any:
         # The forward expands per-head values over the head width and state; each copy is the same, so one is taken.
         # It also forgets the limit on dt here, so that decoding would differ from prefill; it is given again.
         return selective_state_update(
@@ -100,13 +102,13 @@ def _declined(*_: Any, **__: Any) -> None:
 
 
 def _prepare_packed(backbone: nn.Module, position_ids: torch.Tensor, seq_idx: torch.Tensor) -> Mapping[str, Any]:
-    """The model does not hand `position_ids` to its causal mask, so its attention would see other documents: build the mask here."""
+    """The model does not hand `position_ids` to its causal mask, so its attention would leak: build the mask here."""
     from transformers.masking_utils import create_causal_mask
 
     weight: Any = backbone.get_submodule("embed_tokens").weight
     shape_only = weight.new_empty(*position_ids.shape, 1)
     mask = create_causal_mask(
-        config=backbone.config,  # type: ignore[arg-type]
+        config=backbone.config,
         inputs_embeds=shape_only,
         attention_mask=None,
         past_key_values=None,
@@ -165,7 +167,9 @@ def _tiny_configs() -> Mapping[str, Any]:
             time_step_limit=(0.001, 5.0),
             position_embedding_type="rope",
         ),
-        "no-conv-bias": make(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], mamba_conv_bias=False),
+        "no-conv-bias": make(
+            num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], mamba_conv_bias=False
+        ),
     }
 
 
@@ -196,7 +200,9 @@ FAMILY = Family(
         Claim(path=LAYER + "mamba.out_proj.weight", role="ssm.out", group="recurrent"),
         Claim(path=LAYER + "mamba.out_proj.bias", role="ssm.out.bias", group="recurrent"),
         Claim(path=LAYER + "mamba.conv1d.weight", role="ssm.conv", group="conv", access="parameter", rows=_conv_rows),
-        Claim(path=LAYER + "mamba.conv1d.bias", role="ssm.conv.bias", group="conv", access="parameter", rows=_conv_rows),
+        Claim(
+            path=LAYER + "mamba.conv1d.bias", role="ssm.conv.bias", group="conv", access="parameter", rows=_conv_rows
+        ),
         Claim(path=LAYER + "mamba.A_log", role="ssm.A_log", group="core", access="parameter"),
         Claim(path=LAYER + "mamba.D", role="ssm.D", group="core", access="parameter"),
         Claim(path=LAYER + "mamba.dt_bias", role="ssm.dt_bias", group="core", access="parameter"),

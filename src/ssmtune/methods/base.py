@@ -21,15 +21,15 @@ Kind = Literal["module", "tensor"]
 
 
 class TensorEdit(Protocol):
-    """A trained edit of one tensor: a module whose `forward(weight)` is the effective tensor.
+    """A trained edit of one tensor: a module that maps the tensor to its effective value.
 
-    The same forward serves training, verification and merging.
+    The same call serves training, verification and merging.
     `enabled` switches it off without removing it.
     """
 
     enabled: bool
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor: ...
 
     def trained(self) -> torch.nn.Parameter:
         """The one parameter that trains."""

@@ -263,7 +263,13 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
 def _checks(collection: Collection) -> list[dict[str, Any]]:
     """One row per arm and check over all its runs, failed ones first."""
     made = []
-    verified = [r for r in collection.sources if r["kind"] in ("train", "verify")]
+    # A run keeps its report twice: in its own record, which knows the arm's name, and in a record of its own.
+    told = {r.get("run_id") for r in collection.sources if r["kind"] == "train" and r.get("verify")}
+    verified = [
+        r
+        for r in collection.sources
+        if r["kind"] == "train" or (r["kind"] == "verify" and r["config"].get("run") not in told)
+    ]
     for name in dict.fromkeys(_verified_name(r) for r in verified):
         found: dict[str, list[Mapping[str, Any]]] = {}
         for record in verified:

@@ -23,6 +23,7 @@ TOLERANCE = {
     torch.float32: 1e-5,
     # fp64: the scan's and the step's arithmetic stay fp64, eps 2.2e-16.
     torch.float64: 1e-12,
+    # Only merging and stock PEFT are compared in the model's own dtype; the other checks widen it (`in_fp32`).
     # bf16 and fp16: every layer rounds its output to 8 or 11 bits, and another order of operations rounds elsewhere:
     # a few units in the last place (2^-8, 2^-11) add up over the layers. A lost adapter or a leak is 10 % and more.
     torch.bfloat16: 4e-2,
@@ -64,6 +65,24 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     finally:
         for module, rate in rates.items():
             vars(module)["attention_dropout"] = rate
+
+
+@contextmanager
+def in_fp32(model: nn.Module) -> Iterator[None]:
+    """Run the block with every parameter of a narrower dtype widened to fp32, then give each its own tensor back.
+
+    Widening is exact, so it is the same model without the rounding that would drown what a check looks for; on a CPU
+    it is also several times faster. It costs the fp32 copy in memory.
+    """
+    narrow = [p for p in model.parameters() if p.is_floating_point() and p.element_size() < 4]
+    saved = [p.data for p in narrow]
+    for p in narrow:
+        p.data = p.data.float()
+    try:
+        yield
+    finally:
+        for p, data in zip(narrow, saved, strict=True):
+            p.data = data
 
 
 def path_logits(model: Any, path: str, ids_BT: torch.Tensor, **inputs: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ssmtune.verify.base import Check, CheckResult, Subject
 from ssmtune.verify.forward import (
+    in_fp32,
     moved_values,
     noise_like,
     path_logits,
@@ -29,6 +30,11 @@ GRADIENT_PATHS = ("train", "eval", "prefill")
 
 
 def _run(subject: Subject) -> CheckResult:
+    with in_fp32(subject.adapted):
+        return _run_fp32(subject)
+
+
+def _run_fp32(subject: Subject) -> CheckResult:
     """Measured: the smallest relative change of the logits by one tensor on one path, 0 for a dead gradient.
 
     Limit: ten times what repeating the same pass changes, 0 on a CPU: a tensor that is not used changes nothing.

@@ -36,7 +36,7 @@ def _run(subject: Subject) -> CheckResult:
     survives = {s.path: s.survives for s in survivals}
     parts = [f"{num_moved} of {len(low_rank)} low-rank sites changed their weight"] if low_rank else []
     if core:
-        sizes = {path: p.numel() for path, p in adapted.trained_parameters().items()}
+        sizes = {path: adapted.trained_parameters()[path].numel() for path in core}
         overall = sum(share * sizes[path] for path, share in core.items()) / sum(sizes.values())
         parts.append(f"{overall:.1%} of the core's elements moved")
     for label, paths in (("low-rank changes", low_rank), ("core changes", core)):

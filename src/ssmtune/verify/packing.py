@@ -8,14 +8,15 @@ from typing import Any
 import torch
 
 from ssmtune.verify.base import Check, CheckResult, Subject
-from ssmtune.verify.forward import path_logits, relative_difference, tolerance, worst_position
+from ssmtune.verify.forward import in_fp32, path_logits, relative_difference, tolerance, worst_position
 
 PACKED_PATHS = ("train", "eval")
 
 
 def _run(subject: Subject) -> CheckResult:
     """Measured: largest difference to the document alone, relative to the largest logit. Limit: `TOLERANCE`."""
-    return compare_packed(subject.adapted, subject.documents)
+    with in_fp32(subject.adapted):
+        return compare_packed(subject.adapted, subject.documents)
 
 
 def compare_packed(model: Any, documents: Sequence[torch.Tensor]) -> CheckResult:

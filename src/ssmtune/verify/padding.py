@@ -8,10 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from ssmtune.verify.base import Check, CheckResult, Subject
-from ssmtune.verify.forward import path_logits, relative_difference, tolerance, worst_position
+from ssmtune.verify.forward import in_fp32, path_logits, relative_difference, tolerance, worst_position
 
 
 def _run(subject: Subject) -> CheckResult:
+    with in_fp32(subject.adapted):
+        return _run_fp32(subject)
+
+
+def _run_fp32(subject: Subject) -> CheckResult:
     """Measured: largest difference to the document alone, relative to the largest logit. Limit: `TOLERANCE`."""
     adapted = subject.adapted
     device = adapted.base_model.model.device

@@ -1,6 +1,6 @@
 """Training, evaluation, prefill and token-by-token decoding give the same logits.
 
-Compared in the model's own dtype, at the trained values and again with every trained value moved: an adapter that one
+Compared in fp32, at the trained values and again with every trained value moved: an adapter that one
 path leaves out is invisible while it is still the identity.
 """
 
@@ -14,6 +14,7 @@ from ssmtune.verify.base import Check, CheckResult, Subject
 from ssmtune.verify.forward import (
     PATHS,
     STEP_TOLERANCE,
+    in_fp32,
     moved_values,
     path_logits,
     relative_difference,
@@ -23,6 +24,11 @@ from ssmtune.verify.forward import (
 
 
 def _run(subject: Subject) -> CheckResult:
+    with in_fp32(subject.adapted):
+        return _run_fp32(subject)
+
+
+def _run_fp32(subject: Subject) -> CheckResult:
     """Measured: largest difference to path eval, relative to the largest logit. Limit: `STEP_TOLERANCE`."""
     adapted = subject.adapted
     ids_BT = subject.documents[0][None].to(adapted.base_model.model.device)

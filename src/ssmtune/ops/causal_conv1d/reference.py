@@ -32,7 +32,8 @@ def causal_conv1d(
     """
     num_steps = x_BCT.shape[-1]
     num_taps = weight_CK.shape[-1]
-    dtype = torch.promote_types(x_BCT.dtype, weight_CK.dtype)
+    # Taps are added in fp32: bf16 would round between them.
+    dtype = torch.promote_types(x_BCT.dtype, torch.float32)
     x = x_BCT.to(dtype)
     if padding_mask is not None:
         mask = F.pad(padding_mask.to(dtype), (num_steps - padding_mask.shape[-1], 0), value=1.0)
@@ -64,7 +65,7 @@ def causal_conv1d_update(
 
     The state holds the last inputs before the activation; its length may be K or K-1.
     """
-    dtype = torch.promote_types(x_BCT.dtype, weight_CK.dtype)
+    dtype = torch.promote_types(x_BCT.dtype, torch.float32)
     window = torch.cat([conv_state_BCK.to(dtype), x_BCT.to(dtype)], dim=-1)
     conv_state_BCK.copy_(window[..., -conv_state_BCK.shape[-1] :])
     bias = None if bias_C is None else bias_C.to(dtype)

@@ -61,14 +61,16 @@ def mamba2_chunk_scan(
     C_BcGlN = F.pad(C, (0, 0, 0, 0, 0, extra)).view(batch, num_chunks, size, num_groups, -1).transpose(2, 3)
     document = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, extra)], dim=1).view(batch, num_chunks, size)
 
-    log_decay = dt_log.cumsum(dim=2).permute(0, 1, 3, 2).reshape(
-        batch, num_chunks, num_groups, num_heads // num_groups, size
+    log_decay = (
+        dt_log.cumsum(dim=2).permute(0, 1, 3, 2).reshape(batch, num_chunks, num_groups, num_heads // num_groups, size)
     )
     y = _within_chunks(dtx_BcGRlP, B_BcGlN, C_BcGlN, log_decay, document)
     chunk_states = _chunk_states(dtx_BcGRlP, B_BcGlN, log_decay, document)
     initial = None
     if initial_states_BHPN is not None:
-        initial = initial_states_BHPN.to(dtype).view(batch, num_groups, num_heads // num_groups, *initial_states_BHPN.shape[2:])
+        initial = initial_states_BHPN.to(dtype).view(
+            batch, num_groups, num_heads // num_groups, *initial_states_BHPN.shape[2:]
+        )
     entering, final = _pass_states(chunk_states, log_decay[..., -1], document, initial)
 
     # What each position reads of the state that entered its chunk.
@@ -102,7 +104,11 @@ def step_sizes(
 
 
 def _within_chunks(
-    dtx_BcGRlP: torch.Tensor, B_BcGlN: torch.Tensor, C_BcGlN: torch.Tensor, log_decay: torch.Tensor, document: torch.Tensor
+    dtx_BcGRlP: torch.Tensor,
+    B_BcGlN: torch.Tensor,
+    C_BcGlN: torch.Tensor,
+    log_decay: torch.Tensor,
+    document: torch.Tensor,
 ) -> torch.Tensor:
     """Outputs due to inputs of the same chunk and document, [B, c, G, R, l, P]."""
     size = document.shape[-1]

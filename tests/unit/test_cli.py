@@ -1,0 +1,137 @@
+"""The command line: what `--help` costs, the promised options, JSON on stdout, one-line errors and exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ssmtune.cli import main as cli
+
+GRANITE = Path(__file__).parent.parent / "data" / "granite_4_h_micro.json"
+
+OPTIONS = {
+    "demo": {"out", "json_output"},
+    "inspect": {"model", "json_output"},
+    "plan": {"model", "recipe", "rank", "alpha", "seed", "allow_unmatched", "json_output"},
+    "train": {"run_yaml", "verify", "json_output"},
+    "verify": {"run", "json_output"},
+    "evaluate": {"run", "task", "size", "num_examples", "batch_examples", "base", "json_output"},
+    "merge": {"run", "out", "model", "dtype", "json_output"},
+    "study": {"study_yaml", "devices", "dry_run", "json_output"},
+    "report": {"directory", "out", "title"},
+    "doctor": {"leak", "device", "json_output"},
+}
+"""A command line is a promise: an option appears here when it is added, and leaves with a note in changes/."""
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs `ssmtune ARGUMENTS` in this process and gives exit code, stdout and stderr."""
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ssmtune", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        output = capsys.readouterr()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), output.out, output.err
+
+    return command
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    script = (
+        "import sys; sys.argv=['ssmtune','--help']\n"
+        "from ssmtune.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = [m for m in ('torch', 'transformers', 'peft', 'trl', 'datasets', 'plotly') if m in sys.modules]\n"
+        "sys.exit('imported: ' + ' '.join(heavy) if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "inspect" in result.stdout
+
+
+def test_commands_and_options_are_the_promised_ones() -> None:
+    import typer
+
+    group = typer.main.get_command(cli.app)
+    found = {name: {p.name for p in command.params} for name, command in group.commands.items()}  # type: ignore[attr-defined]
+    assert found == OPTIONS
+
+
+@pytest.mark.parametrize("command", sorted(OPTIONS))
+def test_every_command_explains_itself(command: str, run: Run) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "xample" in out or "run.yaml" in out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "trainable"), [("attention", 851_968), ("all", 28_823_552), ("all+core", 28_830_464)]
+)
+def test_plan_gives_the_published_counts_of_granite(recipe: str, trainable: int, run: Run) -> None:
+    code, out, _ = run("plan", str(GRANITE), "--recipe", recipe, "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["trainable"] == trainable
+    assert plan["total"] == 3_191_396_096
+    assert set(plan) >= {"model", "recipe", "total", "trainable", "groups", "sites"}
+    assert set(plan["sites"][0]) >= {"role", "layer", "path", "rows", "shape", "method", "num_params"}
+
+
+def test_inspect_prints_the_contract(run: Run) -> None:
+    code, out, _ = run("inspect", "tiny-granite-h", "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["family"] == "granite_hybrid"
+    assert result["unclaimed"] == []
+    assert result["total"] == 6_268_528
+    assert {component["role"] for component in result["components"]} >= {"ssm.in", "ssm.in.dt", "ssm.A_log", "attn.q"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "tiny-granite-h", "--recipe", "all+cor"], ["all+cor", "nearest", "'all+core'"]),
+        (["plan", "tiny-granite-h", "--recipe", "transformer-names"], ["gate_proj", "recurrent", "--allow-unmatched"]),
+        (["plan", "no-such-model"], ["no-such-model", "no such file"]),
+        (["evaluate", "tiny-granite-h", "--task", "clasification"], ["clasification", "classification"]),
+        (["verify", "nowhere"], ["nowhere"]),
+        (["merge", "nowhere", "--out", "merged"], ["nowhere"]),
+        (["train", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["report", "nowhere"], ["nowhere"]),
+    ],
+)
+def test_a_wrong_request_is_one_message_and_exit_2(arguments: list[str], words: list[str], run: Run) -> None:
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def test_unknown_keys_of_a_run_name_the_nearest(tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: tiny-granite-h\noutput_dir: x\ndata: {task: rules}\nnum_epoch: 1\n", encoding="utf-8")
+    code, _, err = run("train", str(path))
+    assert code == 2
+    assert "num_epoch" in err
+    assert "'num_epochs'" in err
+
+
+def test_a_truncated_config_is_named(tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(GRANITE.read_text(encoding="utf-8")[:200], encoding="utf-8")
+    code, _, err = run("plan", str(path))
+    assert code == 2
+    assert "config.json" in err
