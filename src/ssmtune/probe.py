@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssmtune.families.base import Family, find_family
-from ssmtune.operations import install_operations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,6 +99,9 @@ def _weightless(config: Any) -> Any:
 
 def _measure(config: Any, family: Family) -> dict[str, dict[str, Use]]:
     import torch
+
+    # Imported here, so that planning from a config alone does not load torch before it must.
+    from ssmtune.operations import install_operations
 
     copy = _weightless(config)
     install_operations(copy, family)

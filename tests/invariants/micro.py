@@ -65,7 +65,9 @@ def micro_config() -> GraniteMoeHybridConfig:
 def save_micro_model(directory: Path) -> Path:
     """A saved model with weights of a size at which documents and tokens matter."""
     generator = torch.Generator().manual_seed(5)
-    model = GraniteMoeHybridForCausalLM(micro_config())
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = GraniteMoeHybridForCausalLM(micro_config())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "conv" not in name:

@@ -239,14 +239,17 @@ def test_training_lowers_the_loss(micro_model: Path, micro_data: Path, tmp_path:
 
 
 def test_best_checkpoint_is_restored_as_a_whole(micro_model: Path, micro_data: Path, tmp_path: Path) -> None:
-    """A rate so high that later steps do harm: adapter and core come back from the best step, both of them."""
+    """Validated on answers that training makes ever less likely, the best step is an early one: both halves of it."""
+    contrary = tmp_path / "contrary.jsonl"
+    contrary.write_text('{"instruction": "ab jk", "output": "QQQQQQQQ"}\n' * 4)
     settings = micro_run(
         micro_model,
         micro_data,
         tmp_path / "run",
         max_steps=12,
         num_evaluations=6,
-        optimizer={"learning_rate": 0.5, "core_learning_rate": 0.5},
+        data={"validation_file": str(contrary)},
+        optimizer={"learning_rate": 0.03, "core_learning_rate": 0.03},
     )
     record = train_micro(settings)
     evaluated = {entry["step"]: entry["eval_loss"] for entry in record["eval_history"]}
