@@ -45,11 +45,11 @@ class Events:
 
 def install(events: Events) -> None:
     """Watch the four kinds of event in this process."""
-    replace, save, rmtree, step = os.replace, torch.save, shutil.rmtree, torch.optim.AdamW.step
+    replace, save, rmtree, step = Path.replace, torch.save, shutil.rmtree, torch.optim.AdamW.step
 
-    def watched_replace(source: Any, target: Any, **options: Any) -> None:
+    def watched_replace(source: Path, target: Any) -> Path:
         events.happens(f"replace {Path(target).name}", lambda: None)
-        replace(source, target, **options)
+        return replace(source, target)
 
     def watched_save(value: Any, target: Any, *args: Any, **options: Any) -> None:
         def half() -> None:
@@ -74,7 +74,7 @@ def install(events: Events) -> None:
         events.happens("step", lambda: None)
         return step(self, *args, **options)
 
-    os.replace, torch.save, shutil.rmtree = watched_replace, watched_save, watched_rmtree
+    Path.replace, torch.save, shutil.rmtree = watched_replace, watched_save, watched_rmtree
     torch.optim.AdamW.step = watched_step
 
 

@@ -18,7 +18,7 @@ ROOT = Path(ssmtune.__file__).parent
 
 ORDER = (
     {"errors"},
-    {"config", "records", "stats", "cache", "packing"},
+    {"config", "records", "stats", "cache", "packing", "discovery"},
     {"ops"},
     {"families", "methods", "tasks", "data", "models"},
     {"operations", "base_digest"},

@@ -198,22 +198,20 @@ def test_failure_while_writing_leaves_nothing_that_loads(
     fail_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A write that fails at any of the four files: the directory is refused, whether it was new or held step 1."""
-    from ssmtune import records
-
-    original = records.os.replace
+    original = Path.replace
     for older in (False, True):
         directory = tmp_path / f"older-{older}"
         if older:
             make_adapted(1).save_pretrained(directory, step=1, run_id="run")
         calls = []
 
-        def replace(source: Any, target: Any, calls: list[Any] = calls) -> None:
+        def replace(source: Path, target: Any, calls: list[Any] = calls) -> Path:
             calls.append(target)
             if len(calls) == fail_at + 1:
                 raise OSError(28, "No space left on device")
-            original(source, target)
+            return original(source, target)
 
-        monkeypatch.setattr(records.os, "replace", replace)
+        monkeypatch.setattr(Path, "replace", replace)
         with pytest.raises(OSError, match="No space"):
             make_adapted(2).save_pretrained(directory, step=2, run_id="run")
         monkeypatch.undo()

@@ -28,7 +28,7 @@ records.write_json(Path(sys.argv[1]), {{"kind": "train", "value": "new" * 1000}}
 """
 
 
-@pytest.mark.parametrize("target", ["os.replace", "os.fsync"])
+@pytest.mark.parametrize("target", ["Path.replace", "os.fsync"])
 def test_killed_between_write_and_rename_leaves_the_old_record(target: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     records.write_json(path, {"kind": "train", "value": "old"})

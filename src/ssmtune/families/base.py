@@ -6,13 +6,11 @@ It neither knows methods nor builds models.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from ssmtune.discovery import load_constant, module_names
 from ssmtune.errors import UnsupportedModel, nearest
 
 if TYPE_CHECKING:
@@ -72,20 +70,16 @@ class Family:
     """Small configs for the contract tests, by name; they cover the architecture's variants."""
 
 
-@lru_cache(maxsize=1)
 def family_names() -> tuple[str, ...]:
     """Names of all families: the files beside this one."""
-    package = importlib.import_module("ssmtune.families")
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base"))
+    return module_names("ssmtune.families")
 
 
 def get_family(name: str) -> Family:
     """Return the family in the file `name`. Raises `UnsupportedModel` naming the nearest."""
     if name not in family_names():
         raise UnsupportedModel(f"family {name!r} does not exist; {nearest(name, family_names())}.")
-    family = importlib.import_module(f"ssmtune.families.{name}").FAMILY
-    assert isinstance(family, Family)
-    return family
+    return load_constant("ssmtune.families", name, "FAMILY", Family)
 
 
 def find_family(model_type: str) -> tuple[str, Family]:

@@ -5,13 +5,11 @@ A method knows roles and shapes, never architectures.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from ssmtune.discovery import load_constant, module_names
 from ssmtune.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -62,17 +60,13 @@ class Method:
     value_kind: Literal["factors", "delta", "absolute"] = "factors"
 
 
-@lru_cache(maxsize=1)
 def method_names() -> tuple[str, ...]:
     """Names of all methods: the files beside this one."""
-    package = importlib.import_module("ssmtune.methods")
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base"))
+    return module_names("ssmtune.methods")
 
 
 def get_method(name: str) -> Method:
     """Return the method in the file `name`. Raises `ConfigError` naming the nearest."""
     if name not in method_names():
         raise ConfigError(f"method {name!r} does not exist; {nearest(name, method_names())}.")
-    method = importlib.import_module(f"ssmtune.methods.{name}").METHOD
-    assert isinstance(method, Method)
-    return method
+    return load_constant("ssmtune.methods", name, "METHOD", Method)

@@ -17,8 +17,6 @@ from torch import nn
 from ssmtune.config import STRICT
 from ssmtune.methods.base import Method
 
-ROLES = frozenset({"ssm.A_log", "ssm.D", "ssm.dt_bias"})
-
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class CoreOptions:
@@ -50,7 +48,7 @@ def make_delta(weight: torch.Tensor, options: CoreOptions) -> Delta:
     return Delta(weight)
 
 
-def num_elements(shape: Sequence[int], options: object) -> int:
+def _num_elements(shape: Sequence[int], options: object) -> int:
     """Every element of the tensor trains."""
     return math.prod(shape)
 
@@ -63,8 +61,8 @@ METHOD = Method(
     mergeable=True,
     overhead="none",
     Options=CoreOptions,
-    allowed_roles=ROLES,
-    num_params=num_elements,
+    allowed_roles=frozenset({"ssm.A_log", "ssm.D", "ssm.dt_bias"}),
+    num_params=_num_elements,
     optimizer_group="core",
     make_edit=make_delta,
     value_kind="delta",

@@ -6,11 +6,13 @@ It is not a way to train a model: recipes reach it only under a name that starts
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
-from ssmtune.methods.base import Method
-from ssmtune.methods.core import ROLES, CoreOptions, num_elements
+from ssmtune.methods import core
+from ssmtune.methods.core import CoreOptions
 
 
 class InPlace(nn.Module):
@@ -35,17 +37,10 @@ def _make_edit(weight: torch.Tensor, options: CoreOptions) -> InPlace:
     return InPlace(weight)
 
 
-METHOD = Method(
-    kind="tensor",
+METHOD = replace(
+    core.METHOD,
     summary="Control: A_log, D and dt_bias trained in place in the model's dtype, where rounding loses the updates.",
-    formula="number of elements (Mamba-2: 3 per head)",
     source="Ford 2026 (Granite study, V3 and V4 as released)",
-    mergeable=True,
-    overhead="none",
-    Options=CoreOptions,
-    allowed_roles=ROLES,
-    num_params=num_elements,
-    optimizer_group="core",
     make_edit=_make_edit,
     value_kind="absolute",
 )

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import pkgutil
 import random
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from ssmtune.discovery import module_names
 from ssmtune.errors import ConfigError, nearest
 
 STOPS = ("<|end_of_text|>", "<|start_of_role|>")
@@ -87,10 +87,7 @@ class Task(Protocol):
 
 def task_names() -> tuple[str, ...]:
     """Return the names of the tasks of this folder, sorted, without importing them."""
-    from ssmtune import tasks
-
-    names = (module.name for module in pkgutil.iter_modules(tasks.__path__))
-    return tuple(sorted(name for name in names if name != "base" and not name.startswith("_")))
+    return module_names("ssmtune.tasks")
 
 
 def get_task(name: str) -> Task:

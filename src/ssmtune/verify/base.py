@@ -5,15 +5,13 @@ A check is one file beside this one that holds a constant `CHECK`; its name is t
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssmtune.discovery import load_constant, module_names
 from ssmtune.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -80,17 +78,13 @@ class Check:
     needs_run: bool = False
 
 
-@lru_cache(maxsize=1)
 def check_names() -> tuple[str, ...]:
     """Names of all checks: the files beside this one."""
-    package = importlib.import_module("ssmtune.verify")
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in NOT_CHECKS))
+    return module_names("ssmtune.verify", NOT_CHECKS)
 
 
 def get_check(name: str) -> Check:
     """Return the check in the file `name`. Raises `ConfigError` naming the nearest."""
     if name not in check_names():
         raise ConfigError(f"check {name!r} does not exist; {nearest(name, check_names())}.")
-    check = importlib.import_module(f"ssmtune.verify.{name}").CHECK
-    assert isinstance(check, Check)
-    return check
+    return load_constant("ssmtune.verify", name, "CHECK", Check)
