@@ -131,8 +131,8 @@ def read(directory: Path) -> SavedAdapter:
         ) from None
     if version != FORMAT:
         raise AdapterMismatch(f"{directory}: adapter format {version}; this ssmtune reads {FORMAT}. Update ssmtune.")
-    for name, expected in digests.items():
-        if name not in (PEFT_TENSORS, OUR_TENSORS) or file_sha256(directory / name) != expected:
+    for name in sorted({PEFT_TENSORS, OUR_TENSORS} | set(digests)):
+        if name not in (PEFT_TENSORS, OUR_TENSORS) or file_sha256(directory / name) != digests.get(name):
             raise AdapterMismatch(
                 f"{directory / name}: is not the file that {OUR_CONFIG} (run {run_id}, step {step}) was saved with. "
                 "The two halves of the adapter come from different steps or runs, or one is truncated; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from ssmtune import adapter_files
 from ssmtune.base_digest import base_digest
 from ssmtune.config import decode
-from ssmtune.errors import AttachError, PlanMismatch
+from ssmtune.errors import AdapterMismatch, AttachError, PlanMismatch
 from ssmtune.families.base import find_family
 from ssmtune.inventory import take_inventory
 from ssmtune.methods.base import TensorEdit, get_method
@@ -44,19 +44,21 @@ class AdaptedModel(PeftModelForCausalLM):
     def __init__(self, model: PreTrainedModel, plan: Plan) -> None:
         object.__setattr__(self, "plan", plan)
         object.__setattr__(self, "base_digest", base_digest(model))
-        operations = install_operations(model, find_family(model.config.model_type)[1])
+        object.__setattr__(self, "edits", {})
+        object.__setattr__(self, "fast_block", "off: no rewritten layer exists for this family yet")
+        object.__setattr__(self, "_spent", "")
+        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        object.__setattr__(self, "_required_grad", flags)
+        object.__setattr__(self, "_operations", install_operations(model, find_family(model.config.model_type)[1]))
         try:
             with warnings.catch_warnings():
                 # PEFT reads an attribute that transformers has renamed.
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
                 super().__init__(model, _lora_config(plan))
+            _apply_edits(model, plan, self.edits)
         except BaseException:
-            operations.remove()
+            self._take_off(model)
             raise
-        object.__setattr__(self, "_operations", operations)
-        object.__setattr__(self, "edits", _apply_edits(model, plan))
-        object.__setattr__(self, "fast_block", "off: no rewritten layer exists for this family yet")
-        object.__setattr__(self, "_spent", "")
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return every trained parameter by name: PEFT's factors under their module names, edits under their tensor's."""
@@ -76,7 +78,9 @@ class AdaptedModel(PeftModelForCausalLM):
         for edit in self.edits.values():
             edit.enabled = False
         try:
-            with super().disable_adapter():
+            # PEFT refuses to switch off what is not there.
+            has_layers = any(get_method(site.method).kind == "module" for site in self.plan.sites)
+            with super().disable_adapter() if has_layers else nullcontext():
                 yield
         finally:
             for path, edit in self.edits.items():
@@ -101,16 +105,32 @@ class AdaptedModel(PeftModelForCausalLM):
     def detach(self) -> PreTrainedModel:
         """Take everything off and return the base model, bitwise as it was attached."""
         self._refuse_spent("detach")
-        base: PreTrainedModel = self.base_model.unload()
+        base: PreTrainedModel = self.base_model.model
+        self._take_off(base)
+        self.mark_spent("detached")
+        return base
+
+    def _take_off(self, base: PreTrainedModel) -> None:
+        """Remove edits, PEFT's layers and operations from `base`, whatever of them is on, and restore its flags."""
         for path in self.edits:
             owner, name = owner_of(base, path)
             parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
+        self._restore_order(base)
+        if "base_model" in vars(self).get("_modules", {}):
+            self.base_model.unload()
         self._operations.remove()
-        for parameter in base.parameters():
-            parameter.requires_grad_(True)
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(self._required_grad[name])
         vars(base).pop("_ssmtune_adapted", None)
-        self.mark_spent("detached")
-        return base
+
+    def _restore_order(self, base: PreTrainedModel) -> None:
+        """Put the edited modules' parameters back in their order: a removed parametrisation appends its tensor at the end."""
+        rank = {name: index for index, name in enumerate(self._required_grad)}
+        for parent in {path.rpartition(".")[0] for path in self.edits}:
+            parameters = base.get_submodule(parent)._parameters
+            ordered = sorted(parameters.items(), key=lambda item: rank.get(f"{parent}.{item[0]}", -1))  # noqa: B023
+            parameters.clear()
+            parameters.update(ordered)
 
     def mark_spent(self, how: str) -> None:
         """Refuse any further use of this adapted model: its adapters are gone from the base."""
@@ -195,8 +215,8 @@ def module_name(site: Site) -> str:
     return site.path.removesuffix(".weight")
 
 
-def _apply_edits(model: PreTrainedModel, plan: Plan) -> dict[str, TensorEdit]:
-    edits: dict[str, TensorEdit] = {}
+def _apply_edits(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit]) -> None:
+    """Put the plan's tensor edits on `model` and into `edits`, one by one, so that a failure can be undone."""
     for site in plan.sites:
         method = get_method(site.method)
         if method.kind != "tensor":
@@ -209,13 +229,12 @@ def _apply_edits(model: PreTrainedModel, plan: Plan) -> dict[str, TensorEdit]:
         # unsafe: the effective tensor may be fp32 where the base is bf16, which is the point.
         parametrize.register_parametrization(owner, name, edit, unsafe=True)
         edits[site.path] = cast(TensorEdit, edit)
-    return edits
 
 
 def load(base_model: PreTrainedModel, directory: str | Path, *, trainable: bool = False) -> AdaptedModel:
     """Return `base_model` with the adapter of `directory` on it, exactly as it was saved, or raise what differs.
 
-    Raises `AdapterMismatch` for missing, truncated or mixed files and for another base model, before the model is touched.
+    Raises `AdapterMismatch` for missing, truncated, altered or mixed files and for another base; the model is then as before.
     """
     saved = adapter_files.read(Path(directory))
     adapter_files.check_base(saved, base_model)
@@ -223,7 +242,11 @@ def load(base_model: PreTrainedModel, directory: str | Path, *, trainable: bool 
         # PEFT warns that a fresh adapter is about to be overwritten, which is what loading is.
         warnings.simplefilter("ignore")
         adapted = attach(base_model, saved.plan)
-        adapter_files.fill(adapted, saved)
+        try:
+            adapter_files.fill(adapted, saved)
+        except AdapterMismatch:
+            adapted.detach()
+            raise
     if not trainable:
         for parameter in adapted.parameters():
             parameter.requires_grad_(False)

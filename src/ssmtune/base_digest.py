@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ssmtune.errors import AttachError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -20,6 +22,10 @@ def base_digest(model: nn.Module) -> str:
     a base rounded to a narrower dtype is another one. A model on the meta device has no values and is refused.
     """
     value = hashlib.sha256()
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise AttachError(
+            "the model has no weights (meta device), so nothing can be attached. Load it with its weights."
+        )
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         stride = max(1, flat.numel() // SAMPLES_PER_TENSOR)

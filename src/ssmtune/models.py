@@ -35,6 +35,7 @@ def model_location(name: str) -> str:
 
 def load_config(name: str) -> Any:
     """Return the transformers config of MODEL; nothing else is read."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     location = model_location(name)
@@ -50,7 +51,7 @@ def load_config(name: str) -> Any:
             raise ConfigError(f"{path}: model_type {model_type!r} is unknown to the installed transformers.")
         try:
             config = CONFIG_MAPPING[model_type].from_json_file(str(path))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, StrictDataclassError) as error:
             raise ConfigError(f"{path}: transformers refuses this config: {str(error).splitlines()[0]}") from None
         config.name_or_path = name
         return config
@@ -78,7 +79,7 @@ def empty_model(name: str) -> PreTrainedModel:
 def load_model(name: str, *, dtype: Dtype = "auto", device: str | None = None) -> PreTrainedModel:
     """Return MODEL with its weights, from safetensors only, without remote code.
 
-    Raises `ConfigError` when files are missing or truncated.
+    Raises `ConfigError` when files are missing or truncated, or tensors are missing or of another shape.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -90,11 +91,25 @@ def load_model(name: str, *, dtype: Dtype = "auto", device: str | None = None) -
     if Path(location).suffix == ".json":
         raise ConfigError(f"{name}: is a config without weights. This needs a model directory or a hub id.")
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        model: PreTrainedModel
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            location,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            # Reported below by name, where transformers would only say that there are some.
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model {name!r}: weights cannot be loaded: {str(error).splitlines()[0]}") from None
+    # transformers fills what a checkpoint lacks with random numbers and goes on.
+    for problem in ("missing_keys", "mismatched_keys"):
+        if loading[problem]:
+            raise ConfigError(
+                f"model {name!r}: {len(loading[problem])} tensors are {problem.split('_')[0]} in its weights "
+                f"({', '.join(map(str, sorted(loading[problem])[:3]))}). The checkpoint is incomplete or not this config's."
+            )
     # The name that plans and adapters show is what the user typed, not where it was found.
     model.config.name_or_path = name
     return model.to(device) if device else model

@@ -124,11 +124,21 @@ class EditTrainer(SFTTrainer):
         targets = inputs["targets"]
         with _head_on(self.adapted, inputs["loss_positions"]):
             outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
-        loss = F.cross_entropy(outputs.logits.float(), targets, reduction="sum")
-        loss = loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+        total = F.cross_entropy(outputs.logits.float(), targets, reduction="sum")
+        loss = total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
         if self.model.training:
             self.tokens_seen += inputs["num_tokens"]
+        else:
+            self.evaluated.append((float(total), len(targets)))
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Evaluate with the loss per token over the whole set; the mean of batch means would depend on the batching."""
+        self.evaluated: list[tuple[float, int]] = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, num = (sum(column) for column in zip(*self.evaluated, strict=True))
+        output.metrics[f"{metric_key_prefix}_loss"] = total / num
+        return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with one group per optimiser group of the edits; the core has its own learning rate and no decay."""

@@ -12,7 +12,8 @@ import errno
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from ssmtune.sft import EditTrainer
 
 RECORD = "run.json"
+
+TORCH_WRITE_FAILED = ("PytorchStreamWriter", "unexpected pos", "iostream error", "file write failed")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -108,25 +111,26 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
     write_json(run_dir / RECORD, record)
     trainer = _make_trainer(config, adapted, data, record, progress)
     try:
-        _run(trainer, run_dir, on_message)
+        with _full_disk_is_named(run_dir):
+            _run(trainer, on_message)
+            adapted.save_pretrained(run_dir / "adapter", step=trainer.restored_step, run_id=record["run_id"])
+            finished = record | {
+                "status": "provisional" if record["environment"]["dirty"] else "done",
+                "history": trainer.history,
+                "eval_history": trainer.eval_history,
+                "restored_step": trainer.restored_step,
+                "core": core_movement(adapted),
+                "survival": survival(adapted),
+                "seconds": time.time() - started,
+                "peak_memory_bytes": peak_memory(),
+            }
+            write_json(run_dir / RECORD, finished)
     except BaseException as error:
         record["status"] = "failed" if isinstance(error, Exception) else "aborted"
         record["error"] = str(error)
         _write_last_record(run_dir, record)
         raise
-    adapted.save_pretrained(run_dir / "adapter", step=trainer.restored_step, run_id=record["run_id"])
-    record |= {
-        "status": "provisional" if record["environment"]["dirty"] else "done",
-        "history": trainer.history,
-        "eval_history": trainer.eval_history,
-        "restored_step": trainer.restored_step,
-        "core": core_movement(adapted),
-        "survival": survival(adapted),
-        "seconds": time.time() - started,
-        "peak_memory_bytes": peak_memory(),
-    }
-    write_json(run_dir / RECORD, record)
-    return record
+    return finished
 
 
 def to_settings(config: TrainConfig) -> dict[str, Any]:
@@ -205,26 +209,34 @@ def _make_trainer(
     )
 
 
-def _run(trainer: EditTrainer, run_dir: Path, on_message: Callable[[str], None]) -> None:
+def _run(trainer: EditTrainer, on_message: Callable[[str], None]) -> None:
     checkpoint, removed = trainer.find_checkpoint()
     for path in removed:
         on_message(f"{path}: incomplete checkpoint (saving was interrupted), removed.")
     if checkpoint is not None:
         on_message(f"Continuing from {checkpoint}.")
+    with warnings.catch_warnings():
+        # The order of data is replayed on resume; torch warns about state it cannot see.
+        warnings.simplefilter("ignore")
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.restore_best()
+
+
+@contextmanager
+def _full_disk_is_named(run_dir: Path) -> Iterator[None]:
+    """Turn the several ways in which a full disk shows itself into one `TrainingFailed`."""
     try:
-        with warnings.catch_warnings():
-            # The order of data is replayed on resume; torch warns about state it cannot see.
-            warnings.simplefilter("ignore")
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch's archive writer reports a failed write as a RuntimeError of its own, without an errno.
+        torch_write = isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_WRITE_FAILED)
+        if not torch_write and getattr(error, "errno", None) != errno.ENOSPC:
             raise
         free = shutil.disk_usage(run_dir).free
         raise TrainingFailed(
             f"{run_dir}: no space left on the disk ({free:,} bytes free). Complete checkpoints are kept; "
             "free space and run the same command again to continue."
         ) from None
-    trainer.restore_best()
 
 
 def _write_last_record(run_dir: Path, record: dict[str, Any]) -> None:

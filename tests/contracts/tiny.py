@@ -41,7 +41,9 @@ def tiny_inventory(case: Case) -> Inventory:
 
 @lru_cache
 def _weights(case: Case) -> tuple[Any, dict[str, torch.Tensor]]:
-    model = AutoModelForCausalLM.from_config(tiny_config(case), dtype=torch.float32)
+    # Building draws random numbers, and only the first call builds: a test that seeds must not see the difference.
+    with torch.random.fork_rng():
+        model = AutoModelForCausalLM.from_config(tiny_config(case), dtype=torch.float32)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -68,7 +70,8 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Ten
 def tiny_model(case: Case, *, dtype: torch.dtype = torch.float32) -> Any:
     """A new model of the case, in eval mode; equal weights at every call."""
     model, weights = _weights(case)
-    new = type(model)(tiny_config(case))
+    with torch.random.fork_rng():
+        new = type(model)(tiny_config(case))
     new.load_state_dict(weights)
     if dtype == torch.bfloat16:
         # The grouped product of bf16 experts needs rows of a multiple of 16 bytes, which tiny experts do not have.

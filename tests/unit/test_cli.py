@@ -135,3 +135,15 @@ def test_a_truncated_config_is_named(tmp_path: Path, run: Run) -> None:
     code, _, err = run("plan", str(path))
     assert code == 2
     assert "config.json" in err
+
+
+def test_a_run_is_not_tested_on_a_split_that_holds_its_training_examples(tmp_path: Path, run: Run) -> None:
+    record = {
+        "kind": "train",
+        "config": {"model": "tiny-granite-h", "data": {"task": "rules", "size": 0.02}},
+        "name": "x",
+    }
+    (tmp_path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    code, _, err = run("evaluate", str(tmp_path), "--size", "0.5")
+    assert code == 2
+    assert "training examples" in err

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ssmtune.cli.output import print_result, quiet_libraries, tables
+from ssmtune.errors import ConfigError
 
 
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run directory, or a model for the base alone.")],
-    task: Annotated[str, typer.Option(help="Name of a task.")],
-    size: Annotated[float, typer.Option(help="Share of the task's full size; must match the training run's.")] = 1.0,
+    task: Annotated[str | None, typer.Option(help="Name of a task; the run's own by default.")] = None,
+    size: Annotated[float | None, typer.Option(help="Share of the task's full size; the run's own by default.")] = None,
     num_examples: Annotated[int | None, typer.Option(help="Use at most this many held-out examples.")] = None,
     batch_examples: Annotated[int, typer.Option(help="Examples answered at once.")] = 64,
     base: Annotated[bool, typer.Option(help="Also evaluate the base and pair the two by example.")] = True,
@@ -22,7 +23,7 @@ def evaluate(
 ) -> None:
     """Answer a task's held-out examples greedily, beside the base, with a paired difference and its interval.
 
-    Examples: [cyan]ssmtune evaluate runs/first --task classification --size 0.02[/cyan] .
+    Examples: [cyan]ssmtune evaluate runs/first[/cyan] .
     [cyan]ssmtune evaluate tiny-granite-h --task rules --num-examples 50[/cyan]
     """
     quiet_libraries()
@@ -33,12 +34,17 @@ def evaluate(
     from ssmtune.records import read_record, write_json
     from ssmtune.stats import paired_difference
 
-    alone = EvaluateConfig(
-        model=run, task=task, size=size, num_examples=num_examples, batch_examples=batch_examples, name="base"
-    )
-    records = []
+    trained = None
     if (Path(run) / "run.json").is_file():
         trained = read_record(Path(run) / "run.json", kind="train")
+        task, size = _same_split(trained["config"]["data"], task, size)
+    if task is None:
+        raise ConfigError("--task is missing: this is not a run on a task of ssmtune. Name the task to answer.")
+    alone = EvaluateConfig(
+        model=run, task=task, size=size or 1.0, num_examples=num_examples, batch_examples=batch_examples, name="base"
+    )
+    records = []
+    if trained is not None:
         alone = replace(alone, model=trained["config"]["model"])
         adapted = replace(alone, adapter=str(Path(run) / "adapter"), name=trained["name"])
         records.append(evaluate_stage(adapted))
@@ -64,3 +70,16 @@ def evaluate(
             row.append(f"{result.difference:+.1%} [{result.low:+.1%}, {result.high:+.1%}]")
         table.add_row(*row)
     tables().print(table)
+
+
+def _same_split(data: dict[str, Any], task: str | None, size: float | None) -> tuple[str | None, float | None]:
+    """The task and size to evaluate a run on; a task is split anew at each size, so another size would test on training data."""
+    task = task or data["task"]
+    if task != data["task"]:
+        return task, size
+    if size is not None and size != data["size"]:
+        raise ConfigError(
+            f"--size {size}: the run was trained on {task} at size {data['size']}, and other sizes hold out other examples, "
+            f"so the test could contain training examples. Leave --size out, or give {data['size']}."
+        )
+    return task, data["size"]

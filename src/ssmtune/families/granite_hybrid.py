@@ -209,7 +209,7 @@ FAMILY = Family(
         Claim(path=LAYER + "mamba.norm.weight", role="ssm.norm", group="norm"),
         Claim(path=LAYER + "shared_mlp.input_linear.weight", role="mlp.in", group="mlp", rows=_gate_up_rows),
         Claim(path=LAYER + "shared_mlp.output_linear.weight", role="mlp.out", group="mlp"),
-        Claim(path=LAYER + "block_sparse_moe.router.weight", role="moe.router", group="mlp", access="parameter"),
+        Claim(path=LAYER + "block_sparse_moe.router.weight", role="moe.router", group="mlp"),
         Claim(
             path=LAYER + "block_sparse_moe.experts.gate_up_proj", role="moe.experts.in", group="mlp", access="parameter"
         ),
