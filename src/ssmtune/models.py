@@ -67,10 +67,14 @@ def load_config(name: str) -> Any:
 
 def empty_model(name: str) -> PreTrainedModel:
     """Return MODEL without weights (meta device): enough for an inventory and a plan, at no memory."""
+    return weightless(load_config(name))
+
+
+def weightless(config: Any) -> PreTrainedModel:
+    """Return the model of a transformers config on the meta device: names and shapes, no values, no memory."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = load_config(name)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssmtune.families.base import Family, find_family
+from ssmtune.models import weightless
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,14 +88,10 @@ def _rename(name: str, kinds: dict[int, int]) -> str:
 
 
 def _weightless(config: Any) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
     config = deepcopy(config)
     # Experts by gathered products: the grouped product has no weightless form for every shape. Both read the same tensors.
     config._experts_implementation = "batched_mm"
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    return weightless(config)
 
 
 def _measure(config: Any, family: Family) -> dict[str, dict[str, Use]]:

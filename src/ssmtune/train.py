@@ -23,7 +23,7 @@ import pydantic
 from ssmtune.config import STRICT
 from ssmtune.errors import ConfigError, TrainingFailed
 from ssmtune.methods.lora import LoraOptions
-from ssmtune.models import Dtype, load_model, load_tokenizer
+from ssmtune.models import Dtype, load_model, load_tokenizer, weightless
 from ssmtune.placement import Recipe, named_recipe
 from ssmtune.plan import Plan, make_plan
 from ssmtune.records import digest, new_record, read_record, write_json
@@ -253,7 +253,7 @@ def plan_summary(adapted: AdaptedModel) -> dict[str, Any]:
 
     plan = adapted.plan
     # The inventory of the base: the adapted model's own names carry PEFT's layers.
-    inventory = take_inventory(_weightless(adapted))
+    inventory = take_inventory(weightless(adapted.base_model.model.config))
     return {
         "digest": plan.digest,
         "recipe": plan.recipe,
@@ -262,14 +262,6 @@ def plan_summary(adapted: AdaptedModel) -> dict[str, Any]:
         "groups": plan.groups,
         "coverage": coverage_table(inventory, {site.path for site in plan.sites}),
     }
-
-
-def _weightless(adapted: AdaptedModel) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(adapted.base_model.model.config)
 
 
 def core_movement(adapted: AdaptedModel) -> list[dict[str, Any]]:
