@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ssmtune.cli.output import print_result, quiet_libraries, tables, words
+from ssmtune.cli.output import make_table, print_result, quiet_libraries, tables, words
 
 
 def demo(
@@ -19,17 +19,14 @@ def demo(
     Example: [cyan]ssmtune demo --out demo[/cyan]
     """
     quiet_libraries()
-    from rich.table import Table
-
     from ssmtune.demo import run_demo
 
     record = run_demo(out, on_message=words.print)
     if json_output:
         print_result(record)
     else:
-        table = Table(title="Document classification, held-out documents")
-        for heading in ("arm", "exact", "contains", "ended its answer", "documents"):
-            table.add_column(heading, justify="left" if heading == "arm" else "right")
+        headings = ("arm", "exact", "contains", "ended its answer", "documents")
+        table = make_table("Document classification, held-out documents", *headings, numbers=headings[1:])
         for row in record["rows"]:
             table.add_row(
                 row["name"],

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ssmtune.cli.output import print_result, quiet_libraries, tables
+from ssmtune.cli.output import CHECK_HEADINGS, check_rows, make_table, print_result, quiet_libraries, tables
 
 
 def doctor(
@@ -19,8 +19,6 @@ def doctor(
     Examples: [cyan]ssmtune doctor[/cyan] . [cyan]ssmtune doctor --leak tiny-granite-h[/cyan]
     """
     quiet_libraries()
-    from rich.table import Table
-
     from ssmtune.doctor import examine, leak_test
     from ssmtune.models import load_model
 
@@ -32,13 +30,13 @@ def doctor(
     if json_output:
         print_result({**report.to_dict(), "ok": ok, "checks": [check.to_dict() for check in checks]})
     else:
-        table = Table(title=f"doctor: {'all operations are right here' if ok else 'FAILED'}")
-        for heading in ("check", "", "measured", "limit", "where", "detail"):
-            table.add_column(heading)
-        for check in checks:
-            mark = "[green]ok[/green]" if check.ok else "[red]FAILED[/red]"
-            table.add_row(check.name, mark, f"{check.measured:.2g}", f"{check.limit:.2g}", check.where, check.detail)
+        title = f"doctor: {'all operations are right here' if ok else 'FAILED'}"
+        table = make_table(title, *CHECK_HEADINGS, numbers=("measured", "limit"), wrap=("where",))
+        check_rows(table, checks)
         tables().print(table)
+        for check in checks:
+            if not check.ok or check.name == "packing":
+                tables().print(f"{check.name}: {check.detail}")
         tables().print("  ".join(f"{name} {version}" for name, version in report.versions.items()))
         for pair in report.known_bad:
             tables().print(f"[yellow]known bad here: {pair.name} on {pair.gpu}: {pair.reason} ({pair.source})[/yellow]")

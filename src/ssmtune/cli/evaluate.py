@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ssmtune.cli.output import print_result, quiet_libraries, tables
+from ssmtune.cli.output import make_table, print_result, quiet_libraries, tables
 from ssmtune.errors import ConfigError
 
 
@@ -27,8 +27,6 @@ def evaluate(
     [cyan]ssmtune evaluate tiny-granite-h --task rules --num-examples 50[/cyan]
     """
     quiet_libraries()
-    from rich.table import Table
-
     from ssmtune.evaluate import EvaluateConfig
     from ssmtune.evaluate import evaluate as evaluate_stage
     from ssmtune.records import read_record, write_json
@@ -56,12 +54,10 @@ def evaluate(
     if json_output:
         print_result(records)
         return
-    table = Table(title=f"{task}, {len(records[0]['example_ids'])} held-out examples")
-    table.add_column("metric")
-    for record in records:
-        table.add_column(record["name"], justify="right")
-    if len(records) == 2:
-        table.add_column("difference [95 % interval]", justify="right")
+    names = [record["name"] for record in records]
+    headings = ["metric", *names, *(["difference [95 % interval]"] if len(records) == 2 else [])]
+    title = f"{task}, {len(records[0]['example_ids'])} held-out examples"
+    table = make_table(title, *headings, numbers=headings[1:])
     for metric in records[0]["metrics"]:
         row = [metric, *(f"{record['metrics'][metric]:.1%}" for record in records)]
         if len(records) == 2:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ssmtune.cli.output import layer_ranges, print_result, quiet_libraries, tables
+from ssmtune.cli.output import make_table, print_result, quiet_libraries, tables
 
 
 def inspect(
@@ -18,8 +18,6 @@ def inspect(
     Example: [cyan]ssmtune inspect tiny-granite-h[/cyan]
     """
     quiet_libraries()
-    from rich.table import Table
-
     from ssmtune.inventory import take_inventory
     from ssmtune.models import empty_model
     from ssmtune.probe import PATHS, probe
@@ -33,23 +31,26 @@ def inspect(
             component["uses"] = uses.of(component["path"])
         print_result(result)
         return
-    table = Table(title=f"{model}: {inventory.family}, {inventory.topology}, {inventory.total:,} parameters")
-    for heading in ("group", "role", "tensors", "layers", "parameters", "shape", *PATHS):
-        table.add_column(heading, justify="right" if heading in ("tensors", "parameters") else "left")
+    title = f"{model}: {inventory.family}, {inventory.topology}, {inventory.total:,} parameters"
+    table = make_table(
+        title, "group", "role", "layers", "parameters", "shape", "used", numbers=("parameters",), wrap=("used",)
+    )
     roles = list(dict.fromkeys((c.group, c.role) for c in inventory.components))
     for group, role in sorted(roles):
         members = [c for c in inventory.components if (c.group, c.role) == (group, role)]
-        shapes = sorted({"x".join(map(str, c.shape)) for c in members})
-        layers = sorted({c.layer for c in members if c.layer is not None})
+        layers = {c.layer for c in members if c.layer is not None}
         used = {path: "/".join(sorted({uses.of(c.path)[path] for c in members})) for path in PATHS}
+        same = len(set(used.values())) == 1
         table.add_row(
             group,
             role,
-            str(len(members)),
-            layer_ranges(layers),
+            f"{len(layers)} of {inventory.num_layers}" if layers else "",
             f"{sum(c.num_params for c in members):,}",
-            ", ".join(shapes),
-            *used.values(),
+            ", ".join(sorted({"x".join(map(str, c.shape)) for c in members})),
+            used[PATHS[0]] if same else ", ".join(f"{path} {use}" for path, use in used.items()),
         )
     tables().print(table)
-    tables().print("CALL: the owning module is called. READ: the tensor itself is read. NONE: the path never uses it.")
+    tables().print(
+        "How training, evaluation, prefill and decode use the tensor: CALL, its module is called; READ, the tensor itself "
+        "is read; NONE, not at all. 'inspect --json' lists every tensor with its row ranges."
+    )

@@ -7,7 +7,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from ssmtune.cli.output import print_result, quiet_libraries, tables, words
+from ssmtune.cli.output import make_table, print_result, quiet_libraries, tables, words
 from ssmtune.errors import ConfigError, nearest
 
 
@@ -23,8 +23,6 @@ def merge(
     Example: [cyan]ssmtune merge runs/first --out merged[/cyan]
     """
     quiet_libraries()
-    from rich.table import Table
-
     from ssmtune.merge import merge_to
     from ssmtune.models import Dtype
 
@@ -34,9 +32,8 @@ def merge(
     if json_output:
         print_result(result)
         return
-    table = Table(title=f"{out}: merged, {result['dtype']}")
-    for heading in ("role", "tensors", "elements changed", "of these still changed after rounding", "largest change"):
-        table.add_column(heading, justify="left" if heading == "role" else "right")
+    headings = ("role", "tensors", "changed", "still changed after rounding", "largest change")
+    table = make_table(f"{out}: merged, {result['dtype']}", *headings, numbers=headings[1:])
     for row in result["survival"]:
         table.add_row(
             row["role"],

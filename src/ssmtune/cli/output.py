@@ -7,9 +7,17 @@ import logging
 import os
 import sys
 import warnings
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ssmtune.verify.base import CheckResult
+
+CHECK_HEADINGS = ("check", "result", "measured", "limit", "where")
 
 words = Console(stderr=True, soft_wrap=True)
 
@@ -23,6 +31,25 @@ def print_result(value: Any) -> None:
 def tables() -> Console:
     """A console on stdout for tables meant for people."""
     return Console(soft_wrap=False)
+
+
+def make_table(title: str, *headings: str, numbers: Collection[str] = (), wrap: Collection[str] = ()) -> Table:
+    """Return an empty table that fits a terminal of 80 columns: lines only under the headings, numbers on the right.
+
+    Only the columns in `wrap` break their text over lines; a role or a number cut short would be useless.
+    """
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        justify: Literal["left", "right"] = "right" if heading in numbers else "left"
+        table.add_column(heading, justify=justify, no_wrap=heading not in wrap, overflow="fold")
+    return table
+
+
+def check_rows(table: Table, checks: Iterable[CheckResult]) -> None:
+    """Add one row per check to a table of check, result, measured, limit, where."""
+    for check in checks:
+        mark = "[green]ok[/green]" if check.ok else "[red]FAILED[/red]"
+        table.add_row(check.name, mark, f"{check.measured:.3g}", f"{check.limit:.3g}", check.where)
 
 
 def quiet_libraries() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ssmtune.cli.output import layer_ranges, print_result, quiet_libraries, tables
+from ssmtune.cli.output import layer_ranges, make_table, print_result, quiet_libraries, tables
 
 
 def plan(
@@ -25,8 +25,6 @@ def plan(
     [cyan]ssmtune plan config.json --recipe attention --rank 8 --json[/cyan]
     """
     quiet_libraries()
-    from rich.table import Table
-
     from ssmtune.config import load_yaml
     from ssmtune.inventory import coverage_table, take_inventory
     from ssmtune.models import empty_model
@@ -45,9 +43,9 @@ def plan(
         print_result(made.to_dict())
         return
     share = made.trainable / made.total
-    table = Table(title=f"{made.model}, recipe {made.recipe}: {made.trainable:,} of {made.total:,} train ({share:.3%})")
-    for heading in ("role", "method", "layers", "sites", "parameters"):
-        table.add_column(heading, justify="right" if heading in ("sites", "parameters") else "left")
+    title = f"{made.model}, recipe {made.recipe}: {made.trainable:,} of {made.total:,} train ({share:.3%})"
+    headings = ("role", "method", "layers", "sites", "parameters")
+    table = make_table(title, *headings, numbers=("sites", "parameters"), wrap=("layers",))
     for role, method in dict.fromkeys((s.role, s.method) for s in made.sites):
         members = [s for s in made.sites if (s.role, s.method) == (role, method)]
         layers = sorted({s.layer for s in members if s.layer is not None})

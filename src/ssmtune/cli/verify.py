@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssmtune.cli.output import print_result, quiet_libraries, tables
+from ssmtune.cli.output import CHECK_HEADINGS, check_rows, make_table, print_result, quiet_libraries, tables
 
 if TYPE_CHECKING:
     from ssmtune.verify import VerifyReport
@@ -30,17 +30,12 @@ def verify(
 
 def verify_and_report(run: str, *, show: bool = True) -> VerifyReport:
     """Verify a run directory and print the table of checks."""
-    from rich.table import Table
-
     from ssmtune.verify import verify as verify_stage
 
     report = verify_stage(run)
     if show:
-        table = Table(title=f"verify {run}: {'all checks hold' if report.ok else 'FAILED'}")
-        for heading in ("check", "", "measured", "limit", "where"):
-            table.add_column(heading, justify="right" if heading in ("measured", "limit") else "left")
-        for name, check in report.checks.items():
-            mark = "[green]ok[/green]" if check.ok else "[red]FAILED[/red]"
-            table.add_row(name, mark, f"{check.measured:.3g}", f"{check.limit:.3g}", check.where)
+        title = f"verify {run}: {'all checks hold' if report.ok else 'FAILED'}"
+        table = make_table(title, *CHECK_HEADINGS, numbers=("measured", "limit"), wrap=("where",))
+        check_rows(table, report.checks.values())
         tables().print(table)
     return report
