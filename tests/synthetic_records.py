@@ -97,7 +97,7 @@ def train_record(arm: str, task: str, seed: int, *, num_steps: int = 300) -> dic
     checks.append({"name": "survives_export", "ok": survives, "measured": 0.031, "limit": 0.0, "where": where})
     return _record(
         "train",
-        config={"model": "tiny-granite-h", "recipe": arm, "task": task, "size": "full", "seed": seed},
+        config={"model": "tiny-granite-h", "recipe": arm, "data": {"task": task, "size": 1.0}, "seed": seed},
         run_id=f"run-{arm}-{task}-{seed}",
         name=arm,
         plan=plan(arm),

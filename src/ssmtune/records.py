@@ -130,9 +130,12 @@ def find_records(directory: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted([*directory.rglob("*.json"), *directory.rglob("*.json.gz")]):
         try:
-            found.append(read_record(path))
+            record = read_record(path)
         except RecordError:
             continue
+        # A pre-registration has a kind but no outcome.
+        if "status" in record:
+            found.append(record)
     if not found:
         raise RecordError(f"{directory}: holds no record. Train, evaluate or run a study there first.")
     return found

@@ -147,3 +147,11 @@ def test_a_run_is_not_tested_on_a_split_that_holds_its_training_examples(tmp_pat
     code, _, err = run("evaluate", str(tmp_path), "--size", "0.5")
     assert code == 2
     assert "training examples" in err
+
+
+def test_the_committed_study_has_a_report(tmp_path: Path, run: Run) -> None:
+    study = Path(__file__).parent.parent.parent / "records" / "studies" / "granite"
+    page = tmp_path / "report.html"
+    code, _, err = run("report", str(study), "--out", str(page))
+    assert code == 0, err
+    assert "V4.joint.clip" in page.read_text(encoding="utf-8")

@@ -75,7 +75,13 @@ def _name(record: Record) -> str:
 
 
 def _order(record: Record) -> tuple[str, int]:
-    return str(record["config"].get("task", "")), int(record["config"].get("seed", 0))
+    return task_of(record), int(record["config"].get("seed", 0))
+
+
+def task_of(record: Record) -> str:
+    """The task that a record is about; "training" for a run on somebody's own data."""
+    config = record["config"]
+    return str(record.get("task") or config.get("data", {}).get("task") or config.get("task") or "training")
 
 
 def is_share(evaluations: Iterable[Record], metric: str) -> bool:

@@ -15,7 +15,7 @@ import plotly.offline
 
 from ssmtune import records, stats
 from ssmtune.report import plots, text
-from ssmtune.report.arms import BASE, Arm, Collection, Record, base_comparisons, collect, is_share
+from ssmtune.report.arms import BASE, Arm, Collection, Record, base_comparisons, collect, is_share, task_of
 from ssmtune.study import metric_interval
 
 MAX_SAMPLES = 4
@@ -161,12 +161,12 @@ def _difference_axis(percent: bool) -> str:
 
 
 def _losses(collection: Collection, figures: _Figures) -> list[dict[str, Any]]:
-    tasks = sorted({str(r["config"].get("task", "training")) for arm in collection.arms.values() for r in arm.train})
+    tasks = sorted({task_of(r) for arm in collection.arms.values() for r in arm.train})
     made = []
     for task in tasks:
         curves = []
         for arm in collection.arms.values():
-            runs = [r for r in arm.train if str(r["config"].get("task", "training")) == task]
+            runs = [r for r in arm.train if task_of(r) == task]
             train = _mean_curve([[(p["step"], p["loss"]) for p in r.get("history") or []] for r in runs])
             evaluation = _mean_curve([[(p["step"], p["eval_loss"]) for p in r.get("eval_history") or []] for r in runs])
             if train or evaluation:
@@ -357,7 +357,7 @@ def _source(record: Record) -> dict[str, Any]:
         "anchor": _anchor(record),
         "kind": record["kind"],
         "name": record.get("name") or config.get("recipe") or "",
-        "task": record.get("task") or config.get("task") or "",
+        "task": task_of(record),
         "seed": config.get("seed", ""),
         "status": record["status"],
         "run_id": record.get("run_id") or "",
