@@ -13,6 +13,7 @@ import subprocess
 import zlib
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,8 @@ PACKAGES = ("ssmtune", "torch", "transformers", "peft", "trl", "accelerate", "da
 def environment() -> dict[str, Any]:
     """Return package versions, Python, platform, device and commit: what a reader needs to judge a figure.
 
-    `commit` is None outside a git checkout; `dirty` says whether tracked files differed from it.
+    `commit` is None outside a git checkout; `dirty` says whether tracked files differed from it; `code` is a digest of
+    the package's sources as they are, whatever version control says.
     """
     versions = {}
     for name in PACKAGES:
@@ -46,6 +48,7 @@ def environment() -> dict[str, Any]:
         "device": _device(),
         "commit": commit,
         "dirty": dirty,
+        "code": code_digest(),
     }
 
 
@@ -120,6 +123,13 @@ def read_record(path: Path | str, *, kind: Kind | None = None) -> dict[str, Any]
     if kind is not None and value["kind"] != kind:
         raise RecordError(f"{path}: is a record of kind {value['kind']!r}; expected {kind!r}.")
     return value
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """Return 16 hex digits over the package's Python sources, read once: the code that this process runs."""
+    root = Path(__file__).resolve().parent
+    return digest({str(path.relative_to(root)): file_sha256(path) for path in sorted(root.rglob("*.py"))})
 
 
 def find_records(directory: Path) -> list[dict[str, Any]]:

@@ -208,7 +208,8 @@ def analyse(
     ]
     comparisons = _comparisons(config, done)
     statuses = [record["status"] for _, record in found]
-    complete = len(done) == len(expected)
+    mixed = _tasks_of_mixed_code(found)
+    complete = len(done) == len(expected) and not mixed
     return records.new_record(
         "study",
         config=pydantic.TypeAdapter(StudyConfig).dump_python(config, mode="json"),
@@ -231,7 +232,17 @@ def analyse(
         num_cells={"expected": len(expected), **{status: statuses.count(status) for status in sorted(set(statuses))}},
         missing=[cell.path.name for cell in expected if cell.digest not in by_digest],
         failures=left_out,
+        mixed_code=mixed,
     )
+
+
+def _tasks_of_mixed_code(found: Sequence[tuple[Cell, Mapping[str, Any]]]) -> list[str]:
+    """Tasks whose done cells ran different sources: their differences may be the code's, so the study is provisional."""
+    codes: dict[str, set[str | None]] = {}
+    for cell, record in found:
+        if record["status"] == "done":
+            codes.setdefault(cell.spec.task, set()).add(record.get("environment", {}).get("code"))
+    return sorted(task for task, different in codes.items() if len(different) > 1)
 
 
 Done = Mapping[tuple[str, str, int], Mapping[str, Any]]

@@ -118,3 +118,15 @@ def test_new_record_says_where_it_comes_from() -> None:
     assert {"torch", "transformers", "peft", "trl"} <= set(environment["versions"])
     assert environment["python"].count(".") == 2 and environment["device"]
     json.dumps(record, allow_nan=False)
+
+
+def test_the_code_digest_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "ssmtune"
+    package.mkdir()
+    (package / "records.py").write_text("a = 1\n", encoding="utf-8")
+    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    compute = records.code_digest.__wrapped__
+    before = compute()
+    assert before == compute()
+    (package / "records.py").write_text("a = 2\n", encoding="utf-8")
+    assert compute() != before

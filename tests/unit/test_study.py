@@ -228,3 +228,15 @@ def test_different_examples_are_not_paired(tmp_path: Path) -> None:
 def test_bad_config_names_the_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(tmp_path, **changes)
+
+
+def test_cells_of_different_code_make_a_study_provisional(tmp_path: Path) -> None:
+    config = make(tmp_path)
+    assert run(config, synthetic.fake_cell)["mixed_code"] == []
+    path = next((tmp_path / "cells").glob("V2-*.json.gz"))
+    record = records.read_record(path)
+    record["environment"] = {**record["environment"], "code": "another"}
+    records.write_json(path, record)
+    result = study.analyse(study.read_cells(config), config)
+    assert result["mixed_code"] == ["classification"]
+    assert result["status"] == "provisional"

@@ -63,6 +63,8 @@ def _comparisons(study: Mapping[str, Any], shares: Mapping[str, bool]) -> str:
 def _counts(study: Mapping[str, Any]) -> str:
     counts = study["num_cells"]
     line = f"{counts.get('done', 0)} of {counts['expected']} cells are done"
+    if study.get("mixed_code"):
+        line += f" (cells of {', '.join(study['mixed_code'])} ran different code and should be run again)"
     if not study["failures"] and not study["missing"]:
         return line + "; none failed."
     left_out = [
