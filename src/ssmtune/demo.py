@@ -98,8 +98,8 @@ def _train_config(name: str, recipe: str, out: Path) -> TrainConfig:
         "data": {"task": TASK, "size": SIZE, "max_length": 768},
         "optimizer": {"learning_rate": 3e-3, "core_learning_rate": 3e-3},
         "rows_per_step": 2,
-        "num_epochs": 3,
-        "num_evaluations": 3,
+        "num_epochs": 2,
+        "num_evaluations": 2,
     }
     return decode(TrainConfig, fields, where="the demo's settings")
 
