@@ -143,12 +143,11 @@ def merge_to(run: str, out: Path, *, model: str | None = None, dtype: Dtype = "a
     if out.exists():
         raise ConfigError(f"{out}: exists already. Choose another directory for the merged model, or delete it.")
     directory = Path(run) / "adapter" if (Path(run) / "run.json").is_file() else Path(run)
-    if model is None:
-        model = str(adapter_files.read(directory).plan.model)
+    saved = adapter_files.read(directory)
+    model = model or saved.plan.model
     base = load_model(model, dtype=dtype)
     tokenizer = load_tokenizer(model)
     adapted = load(base, directory)
-    saved = adapter_files.read(directory)
     target = next(base.parameters()).dtype
     survival = survival_by_role(survival_report(adapted, target))
     merged = merge(adapted)

@@ -83,6 +83,9 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
     Raises `ConfigError` when the directory holds a run with another config, `TrainingFailed` for a non-finite loss or
     a full disk; the record then says so and earlier checkpoints stay.
     """
+    # Imported here, as everything that loads torch is, so that reading a config stays quick.
+    from ssmtune.core_report import describe_core
+
     run_dir = Path(config.output_dir)
     settings = to_settings(config)
     earlier = _earlier_run(run_dir, settings)
@@ -119,7 +122,7 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
                 "history": trainer.history,
                 "eval_history": trainer.eval_history,
                 "restored_step": trainer.restored_step,
-                "core": core_movement(adapted),
+                "core": describe_core(adapted),
                 "survival": survival(adapted),
                 "seconds": time.time() - started,
                 "peak_memory_bytes": peak_memory(),
@@ -262,13 +265,6 @@ def plan_summary(adapted: AdaptedModel) -> dict[str, Any]:
         "groups": plan.groups,
         "coverage": coverage_table(inventory, {site.path for site in plan.sites}),
     }
-
-
-def core_movement(adapted: AdaptedModel) -> list[dict[str, Any]]:
-    """For each core tensor: share of elements moved, size of the move, share that survives bf16, memory horizon."""
-    from ssmtune.core_report import describe_core
-
-    return describe_core(adapted)
 
 
 def survival(adapted: AdaptedModel) -> list[dict[str, Any]]:
