@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ssmtune.export.base import get_target, target_names
 from ssmtune.families.base import family_names, get_family
+from ssmtune.inventory import take_inventory
 from ssmtune.methods.base import get_method, method_names
+from ssmtune.models import weightless
 from ssmtune.records import read_record
 from ssmtune.report.markdown import study_markdown, update_generated
 from ssmtune.tasks.base import get_task, task_names
@@ -20,7 +23,9 @@ from ssmtune.verify.base import check_names, get_check
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN = ROOT / "records/pretrain/tiny-granite-h.json"
+GGUF = ROOT / "records/export/gguf.json"
 STUDY = ROOT / "records/studies/granite/study.json.gz"
+BENCH = ROOT / "records/bench"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -35,8 +40,10 @@ def families() -> str:
     rows = []
     for name in family_names():
         family = get_family(name)
-        roles = {claim.role for claim in family.claims}
-        usable = ["yes" if get_method(m).allowed_roles & roles else "-" for m in methods]
+        components = [
+            c for config in family.tiny_configs().values() for c in take_inventory(weightless(config)).components
+        ]
+        usable = ["yes" if any(get_method(m).allows(c) for c in components) else "-" for m in methods]
         rows.append([name, ", ".join(f"`{t}`" for t in family.model_types), family.topology, *usable])
     return table(["family", "model types", "topology", *methods], rows)
 
@@ -141,13 +148,122 @@ def core_movement() -> str:
     )
 
 
+def benchmarks() -> dict[str, dict[str, Any]]:
+    """The records of `ssmtune bench`, by name; those of the operations have no sides."""
+    records = {path.stem: read_record(path, kind="benchmark") for path in sorted(BENCH.glob("*.json"))}
+    return {name: record for name, record in records.items() if "sides" in record}
+
+
+def bench_steps() -> str:
+    """Speed, memory and first step of both sides of every benchmark of the training step."""
+    rows = []
+    for name, record in benchmarks().items():
+        batch, length = record["shape"]["tokens"]
+        shape = f"{batch} x {length:,} {record['shape']['dtype']}"
+        shape += ", recomputed" if record["config"]["recompute"] else ""
+        for side, found in record["sides"].items():
+            row = [f"[{name}](../records/bench/{name}.json)", record["environment"]["device"], shape, side]
+            if "error" in found:
+                kind = "out of memory" if "OutOfMemory" in found["error"] else "failed"
+                rows.append([*row, kind, "", "", "", ""])
+                continue
+            times = [s for run in record["runs"][side] for s in run["step_s"]]
+            tokens = batch * length
+            speed = f"{found['tokens_per_s']:,.0f} ({tokens / max(times):,.0f}-{tokens / min(times):,.0f})"
+            share = f"{record['floor']['step_s'] / found['step_s']:.0%}"
+            memory = f"{found['peak_memory_bytes'] / 2**30:.1f} GiB"
+            dead = f"{len(found['dead'])} of {found['num_trained']}"
+            rows.append([*row, speed, share, memory, f"{found['first_step_s']:.1f} s", dead])
+    headings = ["record", "device", "tokens", "side", "tokens/s (slowest-fastest step)", "of the floor's speed"]
+    return table([*headings, "peak memory", "first step", "did not move"], rows)
+
+
+def bench_components() -> str:
+    """Milliseconds of our step by component."""
+    found = {name: record["sides"]["ssmtune"]["components"] for name, record in benchmarks().items()}
+    parts = dict.fromkeys(part for components in found.values() for part in components)
+    rows = [[part, *(f"{c.get(part, 0) * 1000:,.1f}" for c in found.values())] for part in parts]
+    return table(["component", *found], rows)
+
+
+def bench_operations() -> str:
+    """Time and memory of the kernels beside the reference."""
+    rows = []
+    for path in sorted(BENCH.glob("operations-*.json")):
+        record = read_record(path, kind="benchmark")
+        for operation, sides in record["timings"].items():
+            for backend, entry in sides.items():
+                both = f"{entry['both_ms']:.2f} ms"
+                memory = f"{entry['memory_bytes'] / 2**20:,.0f} MiB"
+                device = record["environment"]["device"]
+                rows.append([f"`{operation}`", backend, device, f"{entry['forward_ms']:.2f} ms", both, memory])
+    return table(["operation", "backend", "device", "forward", "forward and backward", "memory"], rows)
+
+
+def bench_parity() -> str:
+    """The tensor of each operation and precision whose error is furthest beyond the reference's."""
+    rows = []
+    for path in sorted(BENCH.glob("operations-*.json")):
+        record = read_record(path, kind="benchmark")
+        for group in dict.fromkeys(name.rpartition("/")[0] for name in record["parity"]):
+            entries = [e for name, e in record["parity"].items() if name.startswith(group + "/")]
+            worst = max(entries, key=lambda e: e["excess"])
+            num = sum(e["cases"] for e in entries)
+            errors = [f"{worst[key]:.1e}" for key in ("error", "reference", "allowed")]
+            rows.append([group, str(num), worst["tensor"], *errors, worst["where"]])
+    headings = ["operation", "cases", "worst tensor", "relative error", "the reference's", "allowed beyond it", "where"]
+    return table(headings, rows)
+
+
+def export_targets() -> str:
+    """What each target of `export` writes and proves."""
+    rows = []
+    for name in target_names():
+        target = get_target(name)
+        options = ", ".join(f"`--{option.replace('_', '-')}`" for option in sorted(target.options))
+        rows.append([f"`{name}`", target.writes, target.proves, options])
+    return table(["target", "writes", "proves", "options"], rows)
+
+
+def gguf_families() -> str:
+    """Which families become a GGUF file, and how near llama.cpp's log-probabilities are to transformers'."""
+    record = read_record(GGUF, kind="export")
+    types = record["config"]["types"]
+    rows = []
+    for row in record["rows"]:
+        if row["refused"]:
+            rows.append([row["name"], "refused", row["refused"], *["-" for _ in types[1:]], "-"])
+            continue
+        checks = row["types"]
+        narrow = [f"{checks[t]['mean_kl']:.1e}" for t in types[1:]]
+        restored = ", ".join(f"`{name}`" for name in row["restored"]) or "-"
+        rows.append(
+            [row["name"], "yes" if row["ok"] else "no", f"{checks['f32']['max_abs_logprob']:.1e}", *narrow, restored]
+        )
+    headings = [
+        "family",
+        "matches",
+        "f32: largest difference, nats",
+        *(f"{t}: mean divergence, nats" for t in types[1:]),
+    ]
+    packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
+    return table([*headings, "config fields told to the converter"], rows) + f"\n\nPackages: {packages}."
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"headline": study_headline, "families": families},
     "docs/families.md": {"families": families, "roles": roles},
     "docs/methods/README.md": {"methods": methods},
     "docs/verify.md": {"checks": checks},
+    "docs/export.md": {"targets": export_targets, "gguf": gguf_families},
     "docs/tasks.md": {"tasks": tasks},
     "docs/tiny-granite-h.md": {"facts": pretrain_facts, "samples": pretrain_samples},
+    "docs/performance.md": {
+        "steps": bench_steps,
+        "components": bench_components,
+        "operations": bench_operations,
+        "parity": bench_parity,
+    },
     "docs/studies/granite.md": {"study": study_tables, "core": core_movement},
 }
 

@@ -8,6 +8,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Kernels are tested in Triton's interpreter, which has to be chosen before anything imports Triton; on a GPU set it to 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 

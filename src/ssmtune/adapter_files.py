@@ -12,7 +12,7 @@ fails with a message instead of dropping them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,9 +61,7 @@ def write(adapted: AdaptedModel, directory: Path, *, step: int, run_id: str, dis
     directory.mkdir(parents=True, exist_ok=True)
     factors = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(adapted).items()}
     dropped = discarded_paths(adapted.plan) if discard else set()
-    extras = {
-        path: edit.trained().detach().cpu().contiguous() for path, edit in adapted.edits.items() if path not in dropped
-    }
+    extras = {name: p.detach().cpu().contiguous() for name, p in _kept(adapted, dropped).items()}
     # An older directory is invalid from here until its new ssmtune.json exists.
     (directory / OUR_CONFIG).unlink(missing_ok=True)
     write_bytes(directory / PEFT_TENSORS, save(factors, metadata={"format": "pt"}))
@@ -79,7 +77,7 @@ def write(adapted: AdaptedModel, directory: Path, *, step: int, run_id: str, dis
             "step": step,
             "plan": adapted.plan.to_dict(),
             "discarded": sorted(dropped),
-            "values": {path: _value_kind(adapted.plan, path) for path in extras},
+            "values": {s.key: get_method(s.method).value_kind for s in adapted.plan.sites if s.container != "module"},
             "sha256": {name: file_sha256(directory / name) for name in (PEFT_TENSORS, OUR_TENSORS)},
         },
     )
@@ -90,8 +88,9 @@ def discarded_paths(plan: Plan) -> set[str]:
     return {site.path for site in plan.sites if site.options.get("saved") is False}
 
 
-def _value_kind(plan: Plan, path: str) -> str:
-    return next(get_method(site.method).value_kind for site in plan.sites if site.path == path)
+def _kept(adapted: AdaptedModel, dropped: Collection[str]) -> dict[str, torch.nn.Parameter]:
+    """What trains in the tensor edits and is saved, by the name it has in the file."""
+    return {name: p for name, p in adapted.edit_parameters().items() if name not in dropped}
 
 
 def _peft_config(adapted: AdaptedModel, extras: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -101,7 +100,8 @@ def _peft_config(adapted: AdaptedModel, extras: Mapping[str, torch.Tensor]) -> d
     config["inference_mode"] = True
     config["base_model_name_or_path"] = adapted.plan.model
     if extras:
-        kinds = sorted({path.rsplit(".", 1)[-1] for path in extras})
+        edits = [site for site in adapted.plan.sites if site.container != "module"]
+        kinds = sorted({site.path.rsplit(".", 1)[-1] if site.group == "core" else site.role for site in edits})
         config["peft_type"] = (
             f"SSMTUNE: this adapter also trained {', '.join(kinds)}, which plain PEFT would drop; "
             "load it with ssmtune.load(base_model, directory)"
@@ -169,13 +169,13 @@ def fill(adapted: AdaptedModel, saved: SavedAdapter) -> None:
     """Put the saved values into the adapters of `adapted`, in place. Raises `AdapterMismatch` for any key or shape left over."""
     expected = get_peft_model_state_dict(adapted)
     _check_keys(saved, PEFT_TENSORS, {k: tuple(v.shape) for k, v in expected.items()}, saved.peft_tensors)
-    kept = {path: edit for path, edit in adapted.edits.items() if path not in saved.discarded}
-    shapes = {path: tuple(edit.trained().shape) for path, edit in kept.items()}
+    kept = _kept(adapted, saved.discarded)
+    shapes = {name: tuple(parameter.shape) for name, parameter in kept.items()}
     _check_keys(saved, OUR_TENSORS, shapes, saved.our_tensors)
     set_peft_model_state_dict(adapted, dict(saved.peft_tensors))
     with torch.no_grad():
-        for path, edit in kept.items():
-            edit.trained().copy_(saved.our_tensors[path])
+        for name, parameter in kept.items():
+            parameter.copy_(saved.our_tensors[name])
 
 
 def _check_keys(

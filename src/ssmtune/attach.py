@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from peft import LoraConfig, PeftModelForCausalLM, TaskType
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft import PeftModelForCausalLM
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -21,7 +21,8 @@ from ssmtune.families.base import find_family
 from ssmtune.inventory import take_inventory
 from ssmtune.methods.base import TensorEdit, get_method
 from ssmtune.operations import install_operations
-from ssmtune.plan import Plan, Site
+from ssmtune.peft_layers import lora_config, tuner_for_every_projection, unwrap
+from ssmtune.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,27 +50,41 @@ class AdaptedModel(PeftModelForCausalLM):
         object.__setattr__(self, "_spent", "")
         flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         object.__setattr__(self, "_required_grad", flags)
+        order = [(module, list(module._parameters)) for module in model.modules() if module._parameters]
+        object.__setattr__(self, "_parameter_order", order)
         object.__setattr__(self, "_operations", install_operations(model, find_family(model.config.model_type)[1]))
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), tuner_for_every_projection():
                 # PEFT reads an attribute that transformers has renamed.
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-                super().__init__(model, _lora_config(plan))
+                super().__init__(model, lora_config(plan))
             _apply_edits(model, plan, self.edits)
+            _apply_states(model, plan, self.edits)
         except BaseException:
             self._take_off(model)
             raise
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return every trained parameter by name: PEFT's factors under their module names, edits under their tensor's."""
-        factors = {name: p for name, p in self.named_parameters() if "lora_" in name}
-        return {**factors, **{path: edit.trained() for path, edit in self.edits.items()}}
+        in_edits = self.edit_parameters()
+        edited = {id(p) for p in in_edits.values()}
+        factors = {name: p for name, p in self.named_parameters() if "lora_" in name and id(p) not in edited}
+        return {**factors, **in_edits}
+
+    def edit_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what trains in the tensor edits, by site, with the factor's name behind it where there are several."""
+        return {
+            f"{key}.{name}" if name else key: parameter
+            for key, edit in self.edits.items()
+            for name, parameter in edit.trained().items()
+        }
 
     def optimizer_group(self, name: str) -> str:
         """Return the optimiser group of a name from `trained_parameters`: "lora" or "core"."""
-        if name not in self.edits:
-            return "lora"
-        return next(get_method(s.method).optimizer_group for s in self.plan.sites if s.path == name)
+        for site in self.plan.sites:
+            if site.container != "module" and (name == site.key or name.startswith(f"{site.key}.")):
+                return get_method(site.method).optimizer_group
+        return "lora"
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -79,7 +94,7 @@ class AdaptedModel(PeftModelForCausalLM):
             edit.enabled = False
         try:
             # PEFT refuses to switch off what is not there.
-            has_layers = any(get_method(site.method).kind == "module" for site in self.plan.sites)
+            has_layers = any(site.container == "module" for site in self.plan.sites)
             with super().disable_adapter() if has_layers else nullcontext():
                 yield
         finally:
@@ -112,23 +127,37 @@ class AdaptedModel(PeftModelForCausalLM):
 
     def _take_off(self, base: PreTrainedModel) -> None:
         """Remove edits, PEFT's layers and operations from `base`, whatever of them is on, and restore its flags."""
-        for path in self.edits:
+        for path in self._edited_paths(base):
             owner, name = owner_of(base, path)
             parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
         self._restore_order(base)
+        for site in self.plan.sites:
+            if site.container == "state":
+                parent, _, name = site.path.rpartition(".")
+                base.get_submodule(parent)._modules.pop(name, None)
         if "base_model" in vars(self).get("_modules", {}):
             self.base_model.unload()
+        else:
+            unwrap(base)
         self._operations.remove()
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(self._required_grad[name])
         vars(base).pop("_ssmtune_adapted", None)
 
+    def _edited_paths(self, base: PreTrainedModel) -> list[str]:
+        """Every name under which a tensor of `base` carries edits; a shared tensor has several."""
+        return [
+            f"{module_path}.{name}"
+            for module_path, module in base.named_modules(remove_duplicate=True)
+            if parametrize.is_parametrized(module)
+            for name in module.parametrizations
+        ]
+
     def _restore_order(self, base: PreTrainedModel) -> None:
         """Put the edited modules' parameters back in their order: a removed parametrisation appends its tensor at the end."""
-        rank = {name: index for index, name in enumerate(self._required_grad)}
-        for parent in {path.rpartition(".")[0] for path in self.edits}:
-            parameters = base.get_submodule(parent)._parameters
-            ordered = sorted(parameters.items(), key=lambda item: rank.get(f"{parent}.{item[0]}", -1))  # noqa: B023
+        for module, order in self._parameter_order:
+            parameters = module._parameters
+            ordered = sorted(parameters.items(), key=lambda item: order.index(item[0]))  # noqa: B023
             parameters.clear()
             parameters.update(ordered)
 
@@ -179,56 +208,69 @@ def attach(model: PreTrainedModel, plan: Plan, fast: Fast = "auto") -> AdaptedMo
 def owner_of(model: nn.Module, path: str) -> tuple[Any, str]:
     """Return (module, attribute) that hold the tensor named `path`, looking through the layers that PEFT put around it."""
     parent, _, name = path.rpartition(".")
-    return model.get_submodule(parent), name
-
-
-def _lora_config(plan: Plan) -> LoraConfig:
-    """PEFT's config for the plan's low-rank sites, by full names only."""
-    sites = [site for site in plan.sites if get_method(site.method).kind == "module"]
-    modules = [site for site in sites if len(site.shape) == 2]
-    packed = [site for site in sites if len(site.shape) == 3]
-    default: Mapping[str, Any] = sites[0].options if sites else {"rank": 1, "alpha": 1.0, "dropout": 0.0}
-    dropouts = {site.options["dropout"] for site in sites}
-    if len(dropouts) > 1:
-        raise AttachError(
-            f"one adapter has one LoRA dropout, the plan has {sorted(dropouts)}. Use one value in all edits."
-        )
-    return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=default["rank"],
-        lora_alpha=default["alpha"],
-        lora_dropout=default["dropout"],
-        target_modules=[module_name(site) for site in modules] or DUMMY_TARGET_MODULES,
-        target_parameters=[site.path for site in packed] or None,
-        rank_pattern=_pattern(sites, "rank", default),
-        alpha_pattern=_pattern(sites, "alpha", default),
-        bias="none",
-    )
-
-
-def _pattern(sites: list[Site], option: str, default: Mapping[str, Any]) -> dict[str, Any]:
-    return {module_name(site): site.options[option] for site in sites if site.options[option] != default[option]}
-
-
-def module_name(site: Site) -> str:
-    """Full name of the module that PEFT wraps for a site; the tensor's own name for packed experts."""
-    return site.path.removesuffix(".weight")
+    owner: Any = model.get_submodule(parent)
+    while isinstance(owner, BaseTunerLayer):
+        owner = owner.base_layer
+    return owner, name
 
 
 def _apply_edits(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit]) -> None:
     """Put the plan's tensor edits on `model` and into `edits`, one by one, so that a failure can be undone."""
     for site in plan.sites:
         method = get_method(site.method)
-        if method.kind != "tensor":
+        if site.container != "tensor":
             continue
         assert method.make_edit is not None
+        names = shared_names(model, site.path)
         owner, name = owner_of(model, site.path)
         weight = getattr(owner, name)
         options = decode(method.Options, site.options, where=f"plan, {site.path}")
-        edit = method.make_edit(weight, options).to(weight.device)
-        # unsafe: the effective tensor may be fp32 where the base is bf16, which is the point.
-        parametrize.register_parametrization(owner, name, edit, unsafe=True)
-        edits[site.path] = cast(TensorEdit, edit)
+        edit = method.make_edit(weight, site.rows, options).to(weight.device)
+        edits[site.key] = cast(TensorEdit, edit)
+        for path in names:
+            owner, name = owner_of(model, path)
+            # unsafe: the effective tensor may be fp32 where the base is bf16, which is the point.
+            parametrize.register_parametrization(owner, name, edit, unsafe=True)
+
+
+def _apply_states(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit]) -> None:
+    """Put the plan's additions to the recurrences into their modules, where the operations find them."""
+    for site in plan.sites:
+        if site.container != "state":
+            continue
+        method = get_method(site.method)
+        assert method.make_state is not None
+        parent, _, name = site.path.rpartition(".")
+        module = model.get_submodule(parent)
+        options = decode(method.Options, site.options, where=f"plan, {site.path}")
+        edit = method.make_state(site.shape, options).to(next(module.parameters()).device)
+        module.add_module(name, edit)
+        edits[site.key] = cast(TensorEdit, edit)
+
+
+def shared_names(model: nn.Module, path: str) -> list[str]:
+    """Return every name under which modules of `model` hold the tensor named `path`, that one first."""
+    tensor = base_tensor(model, path)
+    names = []
+    for module_path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is tensor:
+                names.append(f"{module_path}.{name}")
+        if parametrize.is_parametrized(module):
+            parts: Any = module.parametrizations
+            names += [f"{module_path}.{name}" for name in parts if parts[name].original is tensor]
+    kept = [n.replace(".base_layer", "") for n in names if ".parametrizations." not in n]
+    return [path, *(name for name in kept if name != path)]
+
+
+def base_tensor(model: nn.Module, path: str) -> nn.Parameter:
+    """Return the untouched base tensor named `path`, under whatever edits or layers are on it."""
+    owner, name = owner_of(model, path)
+    if parametrize.is_parametrized(owner, name):
+        original: nn.Parameter = owner.parametrizations[name].original
+        return original
+    tensor: nn.Parameter = getattr(owner, name)
+    return tensor
 
 
 def load(base_model: PreTrainedModel, directory: str | Path, *, trainable: bool = False) -> AdaptedModel:

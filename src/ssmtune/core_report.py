@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from ssmtune.attach import owner_of
+from ssmtune.attach import base_tensor, owner_of
 
 if TYPE_CHECKING:
     from ssmtune.attach import AdaptedModel
@@ -52,10 +52,9 @@ def describe_core(adapted: AdaptedModel) -> list[dict[str, Any]]:
 
 def _base_and_value(adapted: AdaptedModel, path: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The tensor before and after its edit, both fp32; equal where it is not edited."""
-    owner, name = owner_of(adapted.base_model.model, path)
-    value = getattr(owner, name)
-    base = owner.parametrizations[name].original if path in adapted.edits else value
-    return base.float(), value.float()
+    model = adapted.base_model.model
+    owner, name = owner_of(model, path)
+    return base_tensor(model, path).float(), getattr(owner, name).float()
 
 
 def _horizons(adapted: AdaptedModel, path: str) -> tuple[float, float]:

@@ -10,8 +10,9 @@ import torch
 
 from ssmtune.errors import ConfigError
 from ssmtune.families.base import find_family
-from ssmtune.op_cases import Case, all_cases, case_errors
+from ssmtune.op_cases import all_cases, case_errors
 from ssmtune.operations import install_operations
+from ssmtune.ops.case import Case
 from ssmtune.records import environment
 from ssmtune.verify import left_unchanged_model, sample_documents
 from ssmtune.verify.base import CheckResult

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ssmtune.component import Component
 from ssmtune.errors import UnsupportedModel
-from ssmtune.families.base import Access, Claim, Family, Group, Topology, check_config, find_family
+from ssmtune.families.base import Claim, Family, Topology, check_config, find_family
 from ssmtune.records import digest
 
 if TYPE_CHECKING:
@@ -16,31 +17,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Component:
-    """A tensor, or a row range of one, with a role. `rows` is [first, end) or None for the whole tensor."""
-
-    role: str
-    group: Group
-    layer: int | None
-    path: str
-    shape: tuple[int, ...]
-    access: Access
-    rows: tuple[int, int] | None = None
-
-    @property
-    def num_params(self) -> int:
-        """Number of elements of the component."""
-        size = 1
-        for dim in self.shape:
-            size *= dim
-        return size
-
-
-@dataclass(frozen=True, kw_only=True)
 class Inventory:
     """What a model is made of.
 
-    `components` are whole tensors, each parameter once; `segments` are their named row ranges.
+    `components` are whole tensors, each parameter once; `segments` are their named row ranges; `states` are what can be
+    added to the recurrences, under the name of their module.
     `tied` maps a parameter name to the name under which it is claimed.
     """
 
@@ -51,7 +32,13 @@ class Inventory:
     num_layers: int
     components: tuple[Component, ...]
     segments: tuple[Component, ...]
+    states: tuple[Component, ...]
     tied: dict[str, str]
+
+    @property
+    def everything(self) -> tuple[Component, ...]:
+        """Whole tensors, row ranges and states, in this order."""
+        return (*self.components, *self.segments, *self.states)
 
     @property
     def digest(self) -> str:
@@ -69,6 +56,7 @@ class Inventory:
             "unclaimed": [],
             "digest": self.digest,
             "components": [asdict(c) for c in (*self.components, *self.segments)],
+            "states": [asdict(c) for c in self.states],
             "tied": self.tied,
         }
 
@@ -82,9 +70,10 @@ def take_inventory(model: PreTrainedModel) -> Inventory:
     config = model.config
     name, family = find_family(config.model_type)
     check_config(name, family, config)
+    text = config.get_text_config()
     components, segments, unclaimed = [], [], []
     for path, parameter in model.named_parameters():
-        claims = _matching(family, path)
+        claims = _matching(family, path, text)
         if len(claims) != 1:
             unclaimed.append(path)
             continue
@@ -98,7 +87,7 @@ def take_inventory(model: PreTrainedModel) -> Inventory:
             access=claim.access,
         )
         components.append(component)
-        segments.extend(_split_rows(component, claim, config))
+        segments.extend(_split_rows(component, claim, text))
     if unclaimed:
         listed = ", ".join(unclaimed[:5]) + (", ..." if len(unclaimed) > 5 else "")
         raise UnsupportedModel(
@@ -113,44 +102,70 @@ def take_inventory(model: PreTrainedModel) -> Inventory:
         num_layers=len({c.layer for c in components if c.layer is not None}),
         components=tuple(components),
         segments=tuple(segments),
+        states=tuple(_states(model, family)),
         tied=_tied_names(model),
     )
 
 
-def _matching(family: Family, path: str) -> list[tuple[Claim, int | None]]:
+def _matching(family: Family, path: str, config: Any) -> list[tuple[Claim, int | None]]:
     found = []
     for claim in family.claims:
-        pattern = re.escape(claim.path).replace(re.escape("{layer}"), r"(\d+)")
+        pattern = re.escape(claim.path).replace(re.escape("{layer}"), r"(\d+)").replace(re.escape("{block}"), r"\d+")
         match = re.fullmatch(pattern, path)
         if match:
-            found.append((claim, int(match.group(1)) if match.groups() else None))
+            layer = int(match.group(1)) if match.groups() else None
+            if claim.layer_type is None or (layer is not None and config.layer_types[layer] == claim.layer_type):
+                found.append((claim, layer))
     return found
 
 
 def _split_rows(component: Component, claim: Claim, config: Any) -> list[Component]:
     if claim.rows is None:
         return []
-    parts, first = [], 0
-    suffix = ".bias" if claim.role.endswith(".bias") else ""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    first = 0
     for role, num_rows in claim.rows(config):
-        parts.append(
-            Component(
-                role=role + suffix,
-                group=component.group,
-                layer=component.layer,
-                path=component.path,
-                shape=(num_rows, *component.shape[1:]),
-                access=component.access,
-                rows=(first, first + num_rows),
-            )
-        )
+        ranges.setdefault(role, []).append((first, first + num_rows))
         first += num_rows
     if first != component.shape[0]:
         raise UnsupportedModel(
             f"{component.path}: the row ranges of role {claim.role!r} cover {first} rows, the tensor has "
             f"{component.shape[0]}. The config contradicts the checkpoint, or the family's row arithmetic is wrong."
         )
-    return parts
+    suffix = ".bias" if claim.role.endswith(".bias") else ""
+    return [
+        replace(
+            component,
+            role=role + suffix,
+            shape=(sum(end - start for start, end in parts), *component.shape[1:]),
+            rows=tuple(parts),
+        )
+        for role, parts in ranges.items()
+    ]
+
+
+def _states(model: PreTrainedModel, family: Family) -> list[Component]:
+    # Imported here: an inventory is only taken of a model, so torch is there.
+    from ssmtune.operations import recurrent_modules
+
+    if family.states is None:
+        return []
+    names = {module: name for name, module in model.named_modules()}
+    found = []
+    for module in recurrent_modules(model, family):
+        layer = re.search(r"\.(\d+)\.", f"{names[module]}.")
+        for name, shape in family.states(module).items():
+            found.append(
+                Component(
+                    role=f"state.{name}",
+                    group="state",
+                    layer=int(layer[1]) if layer else None,
+                    path=f"{names[module]}.{name}",
+                    shape=shape,
+                    access="parameter",
+                )
+            )
+    return found
 
 
 def _tied_names(model: PreTrainedModel) -> dict[str, str]:

@@ -13,10 +13,11 @@ from peft.tuners.lora.layer import LoraLayer
 
 from ssmtune import adapter_files
 from ssmtune.adapter_files import discarded_paths
-from ssmtune.attach import AdaptedModel, load, module_name, owner_of
-from ssmtune.errors import ConfigError
+from ssmtune.attach import AdaptedModel, base_tensor, load, owner_of
+from ssmtune.errors import AttachError, ConfigError
 from ssmtune.methods.base import get_method
 from ssmtune.models import Dtype, load_model, load_tokenizer
+from ssmtune.peft_layers import module_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +44,7 @@ def merge(adapted: AdaptedModel) -> PreTrainedModel:
     Each tensor becomes round(W + change) with the sum in fp32. A second merge raises `AttachError`.
     """
     adapted._refuse_spent("merge")
+    _refuse_unmergeable(adapted)
     merged = effective_tensors(adapted)
     base = adapted.detach()
     with torch.no_grad():
@@ -54,37 +56,48 @@ def merge(adapted: AdaptedModel) -> PreTrainedModel:
     return base
 
 
+def _refuse_unmergeable(adapted: AdaptedModel) -> None:
+    lasting = sorted({site.method for site in adapted.plan.sites if not get_method(site.method).mergeable})
+    if lasting:
+        raise AttachError(
+            f"cannot merge: method {', '.join(lasting)} adds what no tensor of the base can hold, so a merged model would "
+            "drop it. Use the adapter with ssmtune.load(base, directory)."
+        )
+
+
 def effective_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
     """Return for each edited tensor of the base its exact effective value, fp32, by the tensor's name in the base."""
     dropped = discarded_paths(adapted.plan)
-    values = {}
+    sites = [site for site in adapted.plan.sites if site.container != "state" and site.path not in dropped]
+    paths = dict.fromkeys(site.path for site in sites)
     with torch.no_grad():
-        for site in adapted.plan.sites:
-            if site.path in dropped:
-                continue
-            base, change = _base_and_change(adapted, site.path, module_name(site), get_method(site.method).kind)
-            values[site.path] = base.float() + change
-    return values
+        return {path: _effective(adapted, path) for path in paths}
 
 
-def _base_and_change(adapted: AdaptedModel, path: str, module: str, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    if kind == "tensor":
-        owner, name = owner_of(adapted.base_model.model, path)
-        base = owner.parametrizations[name].original
-        return base, adapted.edits[path](base).float() - base.float()
-    layer: Any = _lora_layer(adapted, path, module)
-    base = layer.get_param() if hasattr(layer, "parameter_name") else layer.get_base_layer().weight
-    return base, layer.get_delta_weight("default").float()
+def _effective(adapted: AdaptedModel, path: str) -> torch.Tensor:
+    sites = [site for site in adapted.plan.sites if site.path == path]
+    value = base_tensor(adapted.base_model.model, path).float()
+    for site in sites:
+        if site.container == "module":
+            change: torch.Tensor = _lora_layer(adapted, path, module_name(site)).get_delta_weight("default").float()
+            return value + change
+        edit: Any = adapted.edits[site.key]
+        training = edit.training
+        # On fp32 an edit does not round; dropout is for training alone.
+        value = edit.eval()(value).float()
+        edit.train(training)
+    return value
 
 
-def _lora_layer(adapted: AdaptedModel, path: str, module: str) -> LoraLayer:
+def _lora_layer(adapted: AdaptedModel, path: str, module: str) -> Any:
     """PEFT's layer for a site: around the module, or, for packed experts, the one of a chain that holds this tensor."""
     model = adapted.base_model.model
     if path.endswith(".weight"):
         layer = model.get_submodule(module)
         assert isinstance(layer, LoraLayer)
         return layer
-    owner, name = owner_of(model, path)
+    parent, _, name = path.rpartition(".")
+    owner: Any = model.get_submodule(parent)
     while isinstance(owner, LoraLayer):
         if getattr(owner, "parameter_name", None) == name:
             return owner
@@ -96,11 +109,9 @@ def survival_report(adapted: AdaptedModel, dtype: torch.dtype = torch.bfloat16) 
     """Return for each edited tensor how much of its change survives rounding to `dtype`."""
     report = []
     roles = {site.path: site.role for site in adapted.plan.sites}
-    kinds = {site.path: get_method(site.method).kind for site in adapted.plan.sites}
-    names = {site.path: module_name(site) for site in adapted.plan.sites}
     with torch.no_grad():
         for path, value in effective_tensors(adapted).items():
-            base = _base_and_change(adapted, path, names[path], kinds[path])[0].float()
+            base = base_tensor(adapted.base_model.model, path).float()
             changed = value != base
             survived = value.to(dtype) != base.to(dtype)
             num = int(changed.sum())
@@ -133,6 +144,11 @@ def survival_by_role(report: list[Survival]) -> list[dict[str, Any]]:
     return rows
 
 
+def adapter_directory(run: str) -> Path:
+    """Return the adapter directory of a run; another directory is taken to be one."""
+    return Path(run) / "adapter" if (Path(run) / "run.json").is_file() else Path(run)
+
+
 def merge_to(run: str, out: Path, *, model: str | None = None, dtype: Dtype = "auto") -> dict[str, Any]:
     """Write the merged model of a run (or of an adapter directory and its base) to `out`; return what was merged.
 
@@ -142,7 +158,7 @@ def merge_to(run: str, out: Path, *, model: str | None = None, dtype: Dtype = "a
     """
     if out.exists():
         raise ConfigError(f"{out}: exists already. Choose another directory for the merged model, or delete it.")
-    directory = Path(run) / "adapter" if (Path(run) / "run.json").is_file() else Path(run)
+    directory = adapter_directory(run)
     saved = adapter_files.read(directory)
     model = model or saved.plan.model
     base = load_model(model, dtype=dtype)

@@ -73,11 +73,20 @@ def empty_model(name: str) -> PreTrainedModel:
 def weightless(config: Any) -> PreTrainedModel:
     """Return the model of a transformers config on the meta device: names and shapes, no values, no memory."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = auto_class(config).from_config(config)
     return model
+
+
+def auto_class(config: Any) -> Any:
+    """Return transformers' auto class for the whole model of `config`; a multimodal config holds a language model's.
+
+    `AutoModelForCausalLM` would build the language model alone, and a save would lose the rest.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
 
 
 def load_model(name: str, *, dtype: Dtype = "auto", device: str | None = None) -> PreTrainedModel:
@@ -86,17 +95,16 @@ def load_model(name: str, *, dtype: Dtype = "auto", device: str | None = None) -
     Raises `ConfigError` when files are missing or truncated, or tensors are missing or of another shape.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    load_config(name)
+    config = load_config(name)
     logging.disable_progress_bar()
     location = model_location(name)
     if Path(location).suffix == ".json":
         raise ConfigError(f"{name}: is a config without weights. This needs a model directory or a hub id.")
     try:
         model: PreTrainedModel
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = auto_class(config).from_pretrained(
             location,
             dtype=dtype,
             use_safetensors=True,

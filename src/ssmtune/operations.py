@@ -5,32 +5,40 @@ Installed per instance and removable; the weights are never touched.
 
 from __future__ import annotations
 
+import inspect
+import re
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ssmtune.families.base import Family
-from ssmtune.ops.seam import rebind, restore
-from ssmtune.packing import segment_index
+from ssmtune.ops.seam import STATES, Call, rebind, replace_methods, restore
+from ssmtune.packing import documents_of, segment_index
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedModel
+
+
+LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+"""The first number in a module's name is its layer's."""
 
 
 @dataclass
 class InstalledOperations:
     """Handle on what was installed; `remove` restores the instance."""
 
-    modules: list[nn.Module] = field(default_factory=list)
+    replaced: list[tuple[nn.Module, tuple[str, ...]]] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
 
     def remove(self) -> None:
-        """Give every instance its class's forward back and remove the hooks."""
-        for module in self.modules:
-            restore(module)
+        """Give every instance its class's methods back and remove the hooks."""
+        for module, names in self.replaced:
+            restore(module, names)
         for hook in self.hooks:
             hook.remove()
-        self.modules.clear()
+        self.replaced.clear()
         self.hooks.clear()
 
 
@@ -40,14 +48,19 @@ def install_operations(model: PreTrainedModel, family: Family) -> InstalledOpera
     Raises `AttachError` when they are installed already, or when transformers' forward no longer calls what we replace.
     """
     installed = InstalledOperations()
-    if family.recurrent_module is not None and family.operations is not None:
-        for index in range(model.config.num_hidden_layers):
-            module = _submodule(model, family.recurrent_module.format(layer=index))
-            if module is None:
-                continue
-            rebind(module, family.operations(module))
-            installed.modules.append(module)
-            installed.hooks.append(module.register_forward_pre_hook(_forward_padding, with_kwargs=True))
+    names = {module: name for name, module in model.named_modules()}
+    for module in recurrent_modules(model, family):
+        number = LAYER_NUMBER.search(f"{names[module]}.")
+        call = Call(layer=int(number[1]) if number else None)
+        operations = family.operations(module, call) if family.operations is not None else {}
+        if operations:
+            rebind(module, operations)
+            installed.replaced.append((module, ("forward",)))
+        if family.methods is not None:
+            methods = family.methods(module, call)
+            replace_methods(module, methods)
+            installed.replaced.append((module, tuple(methods)))
+        installed.hooks.append(module.register_forward_pre_hook(_note_call(call), with_kwargs=True))
     if family.prepare_packed is not None:
         backbone = model.get_submodule(family.backbone)
         hook = _separate_documents(family)
@@ -55,15 +68,29 @@ def install_operations(model: PreTrainedModel, family: Family) -> InstalledOpera
     return installed
 
 
-def _submodule(model: PreTrainedModel, name: str) -> nn.Module | None:
-    """The submodule of that name, or None where this layer has none (a hybrid's attention layers)."""
-    parent, _, child = name.rpartition(".")
-    return getattr(model.get_submodule(parent), child, None)
+def recurrent_modules(model: nn.Module, family: Family) -> list[nn.Module]:
+    """Return the modules of `model` that carry a state from token to token, in model order."""
+    return [module for module in model.modules() if type(module).__name__ in family.recurrent_classes]
 
 
-def _forward_padding(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Hand the padding mask on to the operations, which the layer's forward does not do."""
-    return args, {**kwargs, "padding_mask": kwargs.get("attention_mask")}
+def _note_call(call: Call) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Note documents, padding mask and cache for the operations: the layer's forward does not hand them on."""
+        given = kwargs
+        if len(args) > 1:
+            given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+            given = {**given, **given.get("kwargs", {})}
+        # The module's own, also where it is a copy whose operations are shared with the original's.
+        call.states = {name: child for name, child in module.named_children() if name in STATES}
+        mask = given.get("attention_mask")
+        documents = given.get("seq_idx")
+        call.seq_idx = documents_of(mask) if documents is None else documents
+        call.padding_mask = None if documents_of(mask) is not None else mask
+        cache = given.get("cache_params", given.get("past_key_values"))
+        # Weakly: the operations outlive the generation whose cache this is.
+        call.cache = None if cache is None else weakref.proxy(cache)
+
+    return hook
 
 
 def _separate_documents(family: Family) -> Any:
@@ -71,7 +98,13 @@ def _separate_documents(family: Family) -> Any:
         """Turn `position_ids` that restart inside a row into what keeps its documents apart."""
         position_ids = kwargs.get("position_ids")
         mask = kwargs.get("attention_mask")
-        if position_ids is None or kwargs.get("past_key_values") is not None or position_ids.shape[-1] == 1:
+        cache = kwargs.get(family.cache)
+        if position_ids is None and cache is not None and not family.counts_on:
+            return args, {**kwargs, "position_ids": _count_on(cache, kwargs)}
+        if position_ids is not None and position_ids.dim() == 3:
+            # Vision models stack positions of text, time, height and width; without the first a row is one document.
+            position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
+        if position_ids is None or cache is not None or position_ids.shape[-1] == 1:
             return args, kwargs
         # A ready-made mask is the caller's own; a padding mask with padding in it means rows of one document each.
         if mask is not None and (isinstance(mask, dict) or mask.dim() != 2 or not bool(mask.bool().all())):
@@ -81,3 +114,12 @@ def _separate_documents(family: Family) -> Any:
         return args, {**kwargs, **family.prepare_packed(backbone, position_ids, seq_idx)}
 
     return hook
+
+
+def _count_on(cache: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Position ids [1, T] of the tokens after those in the cache."""
+    import torch
+
+    tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    first = cache.get_seq_length()
+    return torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]

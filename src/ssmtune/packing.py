@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,31 @@ def segment_index(position_ids: torch.Tensor) -> torch.Tensor:
 
     starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
     return starts.cumsum(-1).to(torch.int32)
+
+
+def mark_documents(seq_idx: torch.Tensor) -> torch.Tensor:
+    """Return a padding mask [B, T] without padding that stands for `seq_idx` [B, T] wherever it is handed on as it is.
+
+    Several models give their recurrent layers the mask and nothing else; `documents_of` finds the documents again.
+    """
+    import torch
+
+    mask = torch.ones_like(seq_idx, dtype=torch.long)
+    _documents()[mask] = seq_idx
+    return mask
+
+
+def documents_of(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the `seq_idx` that `mark_documents` made this very mask for, or None."""
+    return None if mask is None else _documents().get(mask)
+
+
+@lru_cache
+def _documents() -> MutableMapping[torch.Tensor, torch.Tensor]:
+    """Mask -> documents, by identity, for as long as the mask lives; gradient checkpointing keeps it until backward."""
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    return WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,20 +9,30 @@ from typing import Any
 
 import pydantic
 
+from ssmtune.component import GROUPS, Component
 from ssmtune.config import STRICT
 from ssmtune.errors import ConfigError, PlacementError, nearest
-from ssmtune.families.base import GROUPS
-from ssmtune.inventory import Component, Inventory
+from ssmtune.inventory import Inventory
 from ssmtune.methods.base import get_method
 
 TRANSFORMER_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The target list of transformer tutorials."""
 
 PLACEMENTS = ("attention", "recurrent", "mlp", "all", "random")
+PARTIAL = {"bitfit": "biases", "norm": "norm", "conv": "conv"}
+"""Recipes of partial tuning and what each selects."""
+STATES = {
+    "initial-state": ("initial_state", "state.initial_state"),
+    "state-offset-h": ("state_offset_h", "state.state_offset"),
+    "state-offset-y": ("state_offset_y", "state.output_offset"),
+}
+"""Recipes of additions to the recurrence: method and what it selects."""
 CONTROLS = ("control:core-discarded", "control:core-in-place")
 RECIPES = (
     *(name + suffix for name in PLACEMENTS for suffix in ("", "+core")),
     "core",
+    *PARTIAL,
+    *STATES,
     "transformer-names",
     *CONTROLS,
 )
@@ -32,8 +42,9 @@ RECIPES = (
 class Edit:
     """Apply `method` with `options` to every component that `select` names.
 
-    `select` entries are groups ("attention") or roles ("ssm.in"); `modules` entries are module names as used in
-    target lists ("q_proj"); `layers` restricts either; `share` draws that part of the selected sites at random.
+    `select` entries are groups ("attention"), roles ("ssm.in", "ssm.in.x") or "biases"; `modules` entries are module
+    names as used in target lists ("q_proj"); `layers` restricts either; `share` draws that part of the selected sites at
+    random.
     """
 
     method: str
@@ -77,6 +88,11 @@ def named_recipe(
     edits = []
     if name == "transformer-names":
         edits.append(Edit(method="lora", modules=TRANSFORMER_NAMES, options=low_rank))
+    elif name in PARTIAL:
+        edits.append(Edit(method="partial", select=(PARTIAL[name],)))
+    elif name in STATES:
+        method, role = STATES[name]
+        edits.append(Edit(method=method, select=(role,)))
     elif name in CONTROLS:
         edits.append(Edit(method="lora", select=("attention", "recurrent", "mlp"), options=low_rank))
     elif placement == "random":
@@ -102,7 +118,7 @@ def select_components(inventory: Inventory, edit: Edit, *, allow_unmatched: bool
     method cannot edit; `allow_unmatched` forgives module names that match nothing, never a whole empty selection.
     """
     method = get_method(edit.method)
-    usable = [c for c in inventory.components if c.role in method.allowed_roles]
+    usable = [c for c in inventory.everything if method.allows(c)]
     chosen: list[Component] = []
     unmatched = []
     for entry in edit.select:
@@ -113,7 +129,7 @@ def select_components(inventory: Inventory, edit: Edit, *, allow_unmatched: bool
             unmatched.append(entry)
         chosen += found
     for name in edit.modules:
-        found = [c for c in usable if _module_name(c) == name]
+        found = [c for c in usable if c.rows is None and _module_name(c) == name]
         if not found:
             unmatched.append(name)
         chosen += found
@@ -121,7 +137,7 @@ def select_components(inventory: Inventory, edit: Edit, *, allow_unmatched: bool
         raise PlacementError(_unmatched_message(inventory, edit, unmatched, chosen))
     if edit.layers is not None:
         chosen = [c for c in chosen if c.layer in edit.layers]
-    ordered = [c for c in inventory.components if c in chosen]
+    ordered = [c for c in inventory.everything if c in chosen]
     if edit.share < 1:
         kept = random.Random(f"placement-{edit.seed}").sample(ordered, max(1, round(edit.share * len(ordered))))
         ordered = [c for c in ordered if c in kept]
@@ -135,9 +151,11 @@ def select_components(inventory: Inventory, edit: Edit, *, allow_unmatched: bool
 
 def _by_group_or_role(inventory: Inventory, usable: Sequence[Component], entry: str, method: str) -> list[Component]:
     if entry in GROUPS:
-        return [c for c in usable if c.group == entry]
+        return [c for c in usable if c.group == entry and c.rows is None and not c.role.endswith(".bias")]
+    if entry == "biases":
+        return [c for c in usable if c.role.endswith(".bias") and c.rows is None]
     found = [c for c in usable if c.role == entry]
-    if not found and any(c.role == entry for c in (*inventory.components, *inventory.segments)):
+    if not found and any(c.role == entry for c in inventory.everything):
         allowed = ", ".join(sorted({c.role for c in usable}))
         raise PlacementError(
             f"role {entry!r} exists in this {inventory.model_type} but method {method!r} cannot edit it; "
@@ -152,8 +170,8 @@ def _module_name(component: Component) -> str:
 
 
 def _unmatched_message(inventory: Inventory, edit: Edit, unmatched: list[str], chosen: list[Component]) -> str:
-    usable = get_method(edit.method).allowed_roles
-    roles = sorted({c.role for c in inventory.components if c.role in usable})
+    allows = get_method(edit.method).allows
+    roles = sorted({c.role for c in inventory.everything if allows(c)})
     if not edit.modules:
         hints = "; ".join(f"{name!r}: {nearest(name, [*roles, *GROUPS])}" for name in unmatched)
         return f"nothing in this {inventory.model_type} matches {hints}. 'ssmtune inspect MODEL' lists every role."
@@ -161,7 +179,7 @@ def _unmatched_message(inventory: Inventory, edit: Edit, unmatched: list[str], c
     paths = {c.path for c in chosen}
     rows = []
     for group in ("attention", "recurrent", "mlp"):
-        members = [c for c in inventory.components if c.group == group and c.role in usable]
+        members = [c for c in inventory.components if c.group == group and allows(c)]
         layers = {c.layer for c in members}
         reached = {c.layer for c in members if c.path in paths}
         if members:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ssmtune.component import Component
 from ssmtune.config import decode
 from ssmtune.errors import PlacementError, PlanMismatch
-from ssmtune.inventory import Component, Inventory, take_inventory
-from ssmtune.methods.base import get_method
+from ssmtune.inventory import Inventory, take_inventory
+from ssmtune.methods.base import Container, Method, get_method
 from ssmtune.placement import Recipe, named_recipe, select_components
 from ssmtune.probe import Uses, probe
 from ssmtune.records import digest
@@ -27,11 +28,24 @@ class Site:
     group: str
     layer: int | None
     path: str
-    rows: tuple[int, int] | None
+    rows: tuple[tuple[int, int], ...] | None
     shape: tuple[int, ...]
     method: str
+    container: Container
     options: Mapping[str, Any]
     num_params: int
+
+    @property
+    def key(self) -> str:
+        """Name of the site, unique in a plan: its tensor, and its rows where it is not all of them.
+
+        >>> Site(role="ssm.in.x", group="recurrent", layer=0, path="in_proj.weight", rows=((4, 8),), shape=(4, 2),
+        ...      method="lora", container="tensor", options={}, num_params=0).key
+        'in_proj.weight[4:8]'
+        """
+        if self.rows is None:
+            return self.path
+        return f"{self.path}[{','.join(f'{first}:{end}' for first, end in self.rows)}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +97,7 @@ class Plan:
                     **{
                         **site,
                         "shape": tuple(site["shape"]),
-                        "rows": None if site["rows"] is None else tuple(site["rows"]),
+                        "rows": None if site["rows"] is None else tuple(map(tuple, site["rows"])),
                     }
                 )
                 for site in data["sites"]
@@ -131,7 +145,8 @@ def make_plan(
         method = get_method(edit.method)
         options = decode(method.Options, edit.options, where=f"recipe {recipe.name!r}, options of {edit.method!r}")
         for component in select_components(inventory, edit, allow_unmatched=recipe.allow_unmatched):
-            _refuse_dead(component, edit.method, uses)
+            container = _container(model, component, method, inventory)
+            _refuse_dead(component, edit.method, container, uses)
             sites.append(
                 Site(
                     role=component.role,
@@ -141,6 +156,7 @@ def make_plan(
                     rows=component.rows,
                     shape=component.shape,
                     method=edit.method,
+                    container=container,
                     options=asdict(options),
                     num_params=method.num_params(component.shape, options),
                 )
@@ -152,24 +168,50 @@ def make_plan(
     )
 
 
-def _refuse_dead(component: Component, method_name: str, uses: Uses) -> None:
+def _container(model: PreTrainedModel, component: Component, method: Method, inventory: Inventory) -> Container:
+    """PEFT's layer where the whole of an unshared linear layer (or of packed experts) is adapted; else the tensor itself."""
+    from torch import nn
+
+    if component.group == "state":
+        return "state"
+    shared = component.path in inventory.tied.values()
+    if not method.in_module or component.rows is not None or shared:
+        return "tensor"
+    if len(component.shape) == 3:
+        return "module"
+    owner = model.get_submodule(component.path.rpartition(".")[0])
+    return "module" if isinstance(owner, nn.Linear) and component.access == "module" else "tensor"
+
+
+def _refuse_dead(component: Component, method_name: str, container: Container, uses: Uses) -> None:
     """A module adapter needs its module called on every path; a tensor edit needs its tensor used on every path."""
-    method = get_method(method_name)
+    if container == "state":
+        return  # Read by ssmtune's own operations, which run on every path.
     for path, use in uses.of(component.path).items():
         packed_experts = len(component.shape) == 3
-        alive = use == "CALL" or (use == "READ" and (method.kind == "tensor" or packed_experts))
+        alive = use == "CALL" or (use == "READ" and (container == "tensor" or packed_experts))
         if not alive:
             what = "never called (its weight is read raw)" if use == "READ" else "never used"
             raise PlacementError(
                 f"{component.role} in layer {component.layer} ({component.path}) is {what} on path {path}, so method "
-                f"{method_name!r} would have no effect there. Remove the site, or edit the tensor instead; "
-                "'ssmtune inspect MODEL' shows every path."
+                f"{method_name!r} would have no effect there. Remove the site; 'ssmtune inspect MODEL' shows every path."
             )
 
 
 def _refuse_overlap(sites: list[Site]) -> None:
-    counts = Counter(site.path for site in sites)
-    for path, num in counts.items():
-        if num > 1:
-            methods = sorted({site.method for site in sites if site.path == path})
-            raise PlacementError(f"{path} is edited {num} times ({', '.join(methods)}). Keep one edit per tensor.")
+    """Several edits of one tensor are one edit of each of its rows, or a mistake."""
+    taken: dict[str, list[Site]] = {}
+    for site in sites:
+        for other in taken.setdefault(site.path, []):
+            if _share_rows(site, other):
+                methods = f"{other.role} by {other.method!r} and {site.role} by {site.method!r}"
+                raise PlacementError(
+                    f"{site.path} is edited twice ({methods}). Keep one edit for each row of a tensor."
+                )
+        taken[site.path].append(site)
+
+
+def _share_rows(site: Site, other: Site) -> bool:
+    if site.rows is None or other.rows is None:
+        return True
+    return any(a < d and c < b for a, b in site.rows for c, d in other.rows)

@@ -122,7 +122,7 @@ class EditTrainer(SFTTrainer):
         The model's own head runs on the positions that have a target and on no others.
         """
         targets = inputs["targets"]
-        with _head_on(self.adapted, inputs["loss_positions"]):
+        with head_on(self.adapted, inputs["loss_positions"]):
             outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
         total = F.cross_entropy(outputs.logits.float(), targets, reduction="sum")
         loss = total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
@@ -229,7 +229,7 @@ def grouped_parameters(adapted: AdaptedModel) -> dict[str, dict[str, torch.nn.Pa
 
 
 @contextmanager
-def _head_on(adapted: AdaptedModel, positions: torch.Tensor) -> Iterator[None]:
+def head_on(adapted: AdaptedModel, positions: torch.Tensor) -> Iterator[None]:
     """While the block runs, the output head sees only the hidden states [B, T, d] at the flat `positions` [n], as [n, d]."""
 
     def select(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ssmtune.families.base import family_names, get_family
 from ssmtune.inventory import Inventory, take_inventory
+from ssmtune.models import auto_class, weightless
+from ssmtune.operations import recurrent_modules
+from ssmtune.ops.seam import Call
 
 Case = tuple[str, str]
 
@@ -23,7 +27,7 @@ CASES: tuple[Case, ...] = tuple(
     (family, name) for family in family_names() for name in sorted(get_family(family).tiny_configs())
 )
 CASE_IDS = tuple("-".join(case) for case in CASES)
-RECURRENT_CASES = tuple(case for case in CASES if get_family(case[0]).recurrent_module is not None)
+RECURRENT_CASES = tuple(case for case in CASES if get_family(case[0]).recurrent_classes)
 RECURRENT_IDS = tuple("-".join(case) for case in RECURRENT_CASES)
 
 
@@ -35,34 +39,62 @@ def tiny_config(case: Case) -> Any:
 @lru_cache
 def tiny_inventory(case: Case) -> Inventory:
     """Inventory of the case's model, without weights."""
-    with torch.device("meta"):
-        return take_inventory(AutoModelForCausalLM.from_config(tiny_config(case)))
+    return take_inventory(weightless(tiny_config(case)))
 
 
 @lru_cache
 def _weights(case: Case) -> tuple[Any, dict[str, torch.Tensor]]:
     # Building draws random numbers, and only the first call builds: a test that seeds must not see the difference.
     with torch.random.fork_rng():
-        model = AutoModelForCausalLM.from_config(tiny_config(case), dtype=torch.float32)
+        config = tiny_config(case)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_draw(name, parameter.shape, generator))
+            parameter.copy_(_draw(name, parameter, generator))
     return model, {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+def _draw(name: str, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    shape = parameter.shape
     noise = torch.randn(shape, generator=generator)
     if name.endswith("A_log"):
         return torch.rand(shape, generator=generator) * 3 - 1
-    if name.endswith("dt_bias"):
+    if name.endswith(("dt_bias", "dt_proj.bias", "dt_proj_bias")):
         return noise - 1.5
-    if name.endswith((".D", "norm.weight", "layernorm.weight")):
+    if name.endswith(".D"):
         return 1 + 0.2 * noise
+    if name.endswith("recurrent_param"):
+        # Decays of 0.1 to 0.9 a step: a state that reaches a few tokens.
+        return noise - 2.5
+    if name.endswith(("log_dt", "log_A_real")):
+        return 0.5 * noise - 1
+    if name.endswith("A_imag"):
+        return 3 * noise
+    if name.endswith(("igate_preact.bias", "fgate_preact.bias")):
+        # As trained: what is written is small and kept long. Otherwise the memory is divided by sums that cancel.
+        return noise + (2 if "fgate" in name else -3)
+    if name.endswith("time_decay"):
+        return noise - 1.5
+    if "time_mix" in name:
+        return torch.rand(shape, generator=generator)
+    if re.search(r"(ln\w*|ln_out)\.weight$", name):
+        return parameter + 0.2 * noise
+    if "norm" in name and name.endswith("weight"):
+        # Around the initial value, which is 0 where the layer adds the 1 itself.
+        return parameter + 0.2 * noise
     if len(shape) == 1:
         return 0.2 * noise
-    if "embed_tokens" in name:
+    if "embed" in name:
         return 0.5 * noise
+    # Products of several projections (dt, B, C and their input), and blocks without a residual connection of their own,
+    # grow with a power of the gain, and so does their rounding.
+    if "x_proj" in name:
+        return 0.3 * noise / math.sqrt(shape[-1])
+    if "adapter_list" in name:
+        return 0.3 * noise / math.sqrt(shape[-1])
+    if "shared_transf" in name or name.endswith(".linear.weight"):
+        return 0.6 * noise / math.sqrt(shape[-1])
     # Fan-in, with a gain that keeps attention and gates away from uniform.
     return 1.5 * noise / math.sqrt(shape[-1])
 
@@ -81,15 +113,20 @@ def tiny_model(case: Case, *, dtype: torch.dtype = torch.float32) -> Any:
 
 def tiny_tokens(case: Case, *shape: int, seed: int = 0) -> torch.Tensor:
     """Random token ids that are neither padding nor special."""
-    vocabulary = tiny_config(case).vocab_size
+    vocabulary = tiny_config(case).get_text_config().vocab_size
     return torch.randint(3, vocabulary, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def randomise(adapted: Any, *, scale: float = 0.1, seed: int = 1) -> None:
     """Move every trained tensor away from its start, so that the adapters act."""
+    move(adapted.trained_parameters(), scale=scale, seed=seed)
+
+
+def move(parameters: Mapping[str, torch.nn.Parameter], *, scale: float = 0.1, seed: int = 1) -> None:
+    """Add noise to parameters, in place; equal seeds add equal noise."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in adapted.trained_parameters().values():
+        for parameter in parameters.values():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(scale * noise.to(parameter.dtype))
 
@@ -99,6 +136,25 @@ def logits_of(model: Any, input_ids: torch.Tensor, **options: Any) -> torch.Tens
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=input_ids, **options).logits
     return logits
+
+
+def operation_names(case: Case) -> set[str]:
+    """Names of the functions that the case's recurrent layers call and ssmtune replaces."""
+    family = get_family(case[0])
+    if family.operations is None:
+        return set()
+    model = weightless(tiny_config(case))
+    return {name for module in recurrent_modules(model, family) for name in family.operations(module, Call())}
+
+
+def cached(case: Case, cache: Any) -> dict[str, Any]:
+    """The keyword argument that hands a cache to the case's model; none where there is no cache yet."""
+    return {} if cache is None else {get_family(case[0]).cache: cache}
+
+
+def cache_of(case: Case, output: Any) -> Any:
+    """The cache in a model's output."""
+    return output[get_family(case[0]).cache]
 
 
 def loss_of(model: Any, input_ids: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from ssmtune.attach import AdaptedModel
 from ssmtune.families.base import get_family
-from ssmtune.ops.seam import rebind, restore
+from ssmtune.ops.seam import Call, rebind, restore
 from ssmtune.verify.base import CheckResult
 
 Make = Callable[..., AdaptedModel]
@@ -29,4 +29,4 @@ def replace_operation(adapted: AdaptedModel, layer: int, **functions: Callable[.
     operations = get_family("granite_hybrid").operations
     assert operations is not None
     restore(module)
-    rebind(module, {**operations(module), **functions})
+    rebind(module, {**operations(module, Call()), **functions})

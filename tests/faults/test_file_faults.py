@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from planting import Make, Run, make_base
 from safetensors.torch import load_file, save_file
 
-from ssmtune.attach import AdaptedModel, load
+from ssmtune.attach import AdaptedModel, base_tensor, load
 from ssmtune.errors import AdapterMismatch
 from ssmtune.records import file_sha256
 from ssmtune.verify import verify
@@ -125,15 +125,15 @@ def test_a_directory_that_plain_peft_would_load_without_the_core(make: Make, run
 def test_a_wrong_sum_in_the_merge(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     adapted = make()
     assert run("merge", adapted).ok
-    exact = STAGE._base_and_change
+    exact = STAGE._effective
 
-    def wrong(adapted: AdaptedModel, path: str, module: str, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-        base, change = exact(adapted, path, module, kind)
+    def wrong(adapted: AdaptedModel, path: str) -> torch.Tensor:
+        base, value = base_tensor(adapted.base_model.model, path).float(), exact(adapted, path)
         if fault == "core left out":
-            return base, change * 0 if path.endswith("A_log") else change
-        return base, change * 8 if kind == "module" else change
+            return base if path.endswith("A_log") else value
+        return base + 8 * (value - base) if path.endswith(".weight") else value
 
-    monkeypatch.setattr(STAGE, "_base_and_change", wrong)
+    monkeypatch.setattr(STAGE, "_effective", wrong)
     result = run("merge", adapted)
     assert not result.ok
     assert result.where.endswith("A_log" if fault == "core left out" else ".weight")
@@ -142,13 +142,13 @@ def test_a_wrong_sum_in_the_merge(make: Make, run: Run, monkeypatch: pytest.Monk
 def test_a_change_that_is_rounded_before_the_sum(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = make(dtype=torch.bfloat16)
     assert run("merge", adapted).ok
-    exact = STAGE._base_and_change
+    exact = STAGE._effective
 
-    def rounded(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        base, change = exact(*args)
-        return base, change.bfloat16().float()
+    def rounded(adapted: AdaptedModel, path: str) -> torch.Tensor:
+        base = base_tensor(adapted.base_model.model, path).float()
+        return base + (exact(adapted, path) - base).bfloat16().float()
 
-    monkeypatch.setattr(STAGE, "_base_and_change", rounded)
+    monkeypatch.setattr(STAGE, "_effective", rounded)
     result = run("merge", adapted)
     assert not result.ok and result.where.endswith("weight") and result.measured > 1
 

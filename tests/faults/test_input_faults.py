@@ -17,7 +17,8 @@ from ssmtune.ops.causal_conv1d import causal_conv1d
 
 @pytest.mark.parametrize("lost", ["seq_idx", "attention mask", "both"])
 def test_packed_documents_that_leak(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
-    prepare = granite_hybrid._prepare_packed
+    prepare = granite_hybrid.FAMILY.prepare_packed
+    assert prepare is not None
 
     def leaking(backbone: Any, position_ids: Any, seq_idx: Any) -> dict[str, Any]:
         kept = dict(prepare(backbone, position_ids, seq_idx))

@@ -26,9 +26,10 @@ FORBIDDEN_PARTS = re.compile(r"(Manager|Handler|Factory|Wrapper|Mixin|Helper|Imp
 
 MODULE_CAP, EXTENSION_CAP = 350, 200
 LONGER = {
-    "families/granite_hybrid.py": "28 claims, and the calling conventions of five operations in one place",
     "tasks/_rule_patterns.py": "a table of patterns, one a line",
     "tasks/_values.py": "a table of value generators, one per kind of field",
+    "ops/mamba2_chunk_scan/forward_kernels.py": "the kernels of one pass, in the order in which they run",
+    "ops/mamba2_chunk_scan/backward_kernels.py": "the kernels of one pass, in the order in which they run",
     "report/page.py": "one page, section by section in the order in which it is read",
 }
 """Files over the cap, each with the reason; a file that shrinks below it must leave the list."""
@@ -167,7 +168,7 @@ def test_public_names_are_never_hidden_by_their_module(name: str) -> None:
     assert result.returncode == 0, result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("folder", ["ops/causal_conv1d", "ops/mamba2_chunk_scan", "ops/selective_state_update"])
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in (ROOT / "ops").glob("*/__init__.py")))
 def test_operations_export_what_they_say(folder: str) -> None:
-    module = importlib.import_module("ssmtune." + folder.replace("/", "."))
+    module = importlib.import_module(f"ssmtune.ops.{folder}")
     assert module.__all__ and all(callable(getattr(module, name)) for name in module.__all__)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from contracts.tiny import logits_of, loss_of, randomise, tiny_model, tiny_tokens
 from peft import LoraConfig, PeftModel, get_peft_model
+from tolerances import LOGITS_MERGED, largest_difference
 
 from ssmtune.attach import AdaptedModel, attach, load
-from ssmtune.errors import AttachError, PlanMismatch
+from ssmtune.errors import AttachError, PlacementError, PlanMismatch
 from ssmtune.merge import merge
 from ssmtune.methods import core
 from ssmtune.placement import Edit, Recipe
@@ -90,11 +91,11 @@ def test_failure_half_way_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch
     """An edit that cannot be built after PEFT's layers are on: everything comes off again."""
     calls = []
 
-    def failing(weight: torch.Tensor, options: Any) -> torch.nn.Module:
+    def failing(weight: torch.Tensor, rows: Any, options: Any) -> torch.nn.Module:
         calls.append(weight)
         if len(calls) == 3:
             raise MemoryError("planted")
-        return core.make_delta(weight, options)
+        return core.make_delta(weight, rows, options)
 
     model = tiny_model(DENSE)
     plan = make_plan(model, "all+core")
@@ -180,3 +181,57 @@ def test_deepcopy_is_independent() -> None:
     randomise(twin, scale=1.0, seed=5)
     assert not torch.equal(logits_of(twin, tokens), expected)
     assert torch.equal(logits_of(adapted, tokens), expected)
+
+
+def segment_recipe(*roles: str) -> Recipe:
+    return Recipe(name="segments", edits=(Edit(method="lora", select=roles, options={"rank": 3, "alpha": 6.0}),))
+
+
+def test_row_segments_change_their_rows_alone() -> None:
+    """LoRA on the rows of x and dt of in_proj: all other rows of the effective weight are the base's own bits."""
+    model = tiny_model(DENSE)
+    plan = make_plan(model, segment_recipe("ssm.in.x", "ssm.in.dt"))
+    rows = {site.key: site.rows for site in plan.sites if site.layer == 0}
+    assert rows == {
+        "model.layers.0.mamba.in_proj.weight[64:128]": ((64, 128),),
+        "model.layers.0.mamba.in_proj.weight[160:168]": ((160, 168),),
+    }
+    assert plan.trainable == 2 * (3 * (32 + 64) + 3 * (32 + 8))
+    base = model.get_parameter("model.layers.0.mamba.in_proj.weight").detach().clone()
+    adapted = attach(model, plan)
+    randomise(adapted)
+    effective = model.model.layers[0].mamba.in_proj.weight.detach()
+    same = (effective == base).all(dim=1)
+    assert same[:64].all() and same[128:160].all()
+    assert not same[64:128].any() and not same[160:168].any()
+
+
+def test_overlapping_rows_are_refused() -> None:
+    with pytest.raises(PlacementError, match=r"in_proj\.weight is edited twice \(ssm\.in by 'lora' and ssm\.in\.x"):
+        make_plan(tiny_model(DENSE), segment_recipe("ssm.in", "ssm.in.x"))
+
+
+def test_shared_tensor_is_edited_once_and_everywhere() -> None:
+    """The embedding is tied to the head: one edit, and both of its users see it."""
+    model = tiny_model(DENSE)
+    plan = make_plan(model, segment_recipe("embed.tokens"))
+    assert [(site.container, site.num_params) for site in plan.sites] == [("tensor", 3 * (97 + 32))]
+    adapted = attach(model, plan)
+    randomise(adapted)
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert not torch.equal(model.lm_head.weight, tiny_model(DENSE).lm_head.weight)
+    base = adapted.detach()
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+
+
+def test_bias_and_weight_of_one_module() -> None:
+    """PEFT's layer around a module and an edit of that module's bias live together."""
+    case = ("granite_hybrid", "odd")
+    edits = (Edit(method="lora", select=("ssm.in",)), Edit(method="partial", select=("ssm.in.bias",)))
+    model = tiny_model(case)
+    adapted = attach(model, make_plan(model, Recipe(name="both", edits=edits)))
+    randomise(adapted)
+    tokens = tiny_tokens(case, 1, 9)
+    expected = logits_of(adapted, tokens)
+    merged = merge(adapted)
+    assert largest_difference(logits_of(merged, tokens), expected) <= LOGITS_MERGED

@@ -22,9 +22,24 @@ OPTIONS = {
     "verify": {"run", "json_output"},
     "evaluate": {"run", "task", "size", "num_examples", "batch_examples", "base", "json_output"},
     "merge": {"run", "out", "model", "dtype", "json_output"},
+    "export": {"run", "to", "out", "model", "type_", "dtype", "drop_extras", "bake_extras", "json_output"},
     "study": {"study_yaml", "devices", "dry_run", "json_output"},
     "report": {"directory", "out", "title"},
     "doctor": {"leak", "device", "json_output"},
+    "bench": {
+        "model",
+        "recipe",
+        "rank",
+        "device",
+        "tokens_per_step",
+        "row_length",
+        "steps",
+        "repeats",
+        "recompute",
+        "peer",
+        "out",
+        "json_output",
+    },
 }
 """A command line is a promise: an option appears here when it is added, and leaves with a note in changes/."""
 
@@ -107,6 +122,8 @@ def test_inspect_prints_the_contract(run: Run) -> None:
         (["evaluate", "tiny-granite-h", "--task", "clasification"], ["clasification", "classification"]),
         (["verify", "nowhere"], ["nowhere"]),
         (["merge", "nowhere", "--out", "merged"], ["nowhere"]),
+        (["export", "nowhere", "--to", "gguf", "--out", "x.gguf"], ["nowhere"]),
+        (["export", "nowhere", "--to", "gguff", "--out", "x"], ["gguff", "'gguf'"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml"]),
         (["report", "nowhere"], ["nowhere"]),
     ],

@@ -11,16 +11,18 @@ from transformers import AutoModelForCausalLM
 from ssmtune import doctor, op_cases
 from ssmtune.errors import ConfigError
 from ssmtune.families.base import get_family
+from ssmtune.ops.case import Case, named_outputs
+from ssmtune.ops.mamba2_chunk_scan import cases as mamba2_cases
 from ssmtune.ops.mamba2_chunk_scan import mamba2_chunk_scan
 from ssmtune.verify.base import CheckResult
 
 
 def _scan_errors(function: Any, label: str) -> dict[str, float]:
-    case = next(case for case in op_cases._scan_cases() if case.label.startswith(label))
-    wrong = op_cases.Case(
+    case = next(case for case in mamba2_cases.cases() if case.label.startswith(label))
+    wrong = Case(
         operation=case.operation,
         label=case.label,
-        function=op_cases._scan(function),
+        function=named_outputs(function, mamba2_cases.OPTIONS),
         truth=case.truth,
         inputs=case.inputs,
     )
@@ -31,7 +33,11 @@ def test_every_operation_is_right_here() -> None:
     report = doctor.examine("cpu")
     assert report.ok, report.lines()
     names = {name.partition("/")[0] for name in report.checks}
-    assert names == {"causal_conv1d", "causal_conv1d_update", "mamba2_chunk_scan", "selective_state_update"}
+    assert names == {
+        *("causal_conv1d", "causal_conv1d_update", "mamba1_selective_scan", "mamba1_state_update"),
+        *("mamba2_chunk_scan", "selective_state_update", "rg_lru", "rwkv_wkv", "gated_rms_norm"),
+        *("gated_delta_rule", "gated_delta_rule_update", "gated_delta_rule_kda", "gated_delta_rule_kda_update"),
+    }
     assert {name.partition("/")[2] for name in report.checks} == {"float32", "bfloat16"}
     assert report.versions["torch"] and report.device == "cpu"
     assert [CheckResult.from_dict(c) for c in report.to_dict()["checks"]] == list(report.checks.values())
@@ -40,18 +46,18 @@ def test_every_operation_is_right_here() -> None:
 @pytest.mark.parametrize(("lost", "label"), [("seq_idx", "packed"), ("padding_mask", "continued and padded")])
 def test_an_operation_that_ignores_an_argument_is_found(lost: str, label: str) -> None:
     """padding_mask: a pad that decays erodes the state that was handed in."""
-    errors = _scan_errors(lambda *args, **kwargs: mamba2_chunk_scan(*args, **{**kwargs, lost: None}), label)
+    errors = _scan_errors(lambda **kwargs: mamba2_chunk_scan(**{**kwargs, lost: None}), label)
     assert errors["output"] > 100 * doctor.LIMITS[torch.float32]
-    assert errors["gradient of B"] > 100 * doctor.LIMITS[torch.float32]
+    assert errors["gradient of B_BTGN"] > 100 * doctor.LIMITS[torch.float32]
 
 
 def test_a_wrong_gradient_under_a_right_forward_is_found() -> None:
-    def halved(x: Any, dt: Any, A: Any, *args: Any, **kwargs: Any) -> Any:
-        return mamba2_chunk_scan(x, dt, A.detach() + 0.5 * (A - A.detach()), *args, **kwargs)
+    def halved(*, A_H: Any, **kwargs: Any) -> Any:
+        return mamba2_chunk_scan(A_H=A_H.detach() + 0.5 * (A_H - A_H.detach()), **kwargs)
 
     errors = _scan_errors(halved, "plain, 63")
     assert errors["output"] < doctor.LIMITS[torch.float32]
-    assert errors["gradient of A"] == pytest.approx(0.5, rel=1e-3)
+    assert errors["gradient of A_H"] == pytest.approx(0.5, rel=1e-3)
 
 
 def test_a_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +65,8 @@ def test_a_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         y, state = mamba2_chunk_scan(*args, **kwargs)
         return y * torch.where(torch.arange(y.shape[1]) == 0, torch.nan, 1.0)[:, None, None], state
 
-    monkeypatch.setattr(op_cases, "mamba2_chunk_scan", poisoned)
+    monkeypatch.setattr(mamba2_cases, "mamba2_chunk_scan", poisoned)
+    monkeypatch.setattr(doctor, "all_cases", mamba2_cases.cases)
     result = doctor.examine("cpu").checks["mamba2_chunk_scan/float32"]
     assert not result.ok and result.measured == float("inf") and "output" in result.where
 

@@ -30,11 +30,11 @@ def test_components_of_a_tiny_hybrid_by_hand() -> None:
     assert (inventory.family, inventory.topology, inventory.num_layers) == ("granite_hybrid", "sequential", 3)
     rows = {s.role: s.rows for s in inventory.segments if s.layer == 0 and s.path.endswith("in_proj.weight")}
     assert rows == {
-        "ssm.in.z": (0, 64),
-        "ssm.in.x": (64, 128),
-        "ssm.in.B": (128, 144),
-        "ssm.in.C": (144, 160),
-        "ssm.in.dt": (160, 168),
+        "ssm.in.z": ((0, 64),),
+        "ssm.in.x": ((64, 128),),
+        "ssm.in.B": ((128, 144),),
+        "ssm.in.C": ((144, 160),),
+        "ssm.in.dt": ((160, 168),),
     }
 
 

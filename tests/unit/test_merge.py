@@ -85,7 +85,7 @@ def test_survival_counts_what_rounding_leaves() -> None:
     with torch.no_grad():
         for path, edit in adapted.edits.items():
             size = {"A_log": 1e-6, "D": 0.5, "dt_bias": 0.0}[path.rsplit(".", 1)[-1]]
-            edit.trained().fill_(size)
+            edit.trained()[""].fill_(size)
     by_role = {row["role"]: row for row in survival_by_role(survival_report(adapted))}
     assert by_role["ssm.A_log"]["changed"] == 1.0 and by_role["ssm.A_log"]["survives"] == 0.0
     assert by_role["ssm.D"]["changed"] == by_role["ssm.D"]["survives"] == 1.0

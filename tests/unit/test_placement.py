@@ -75,11 +75,37 @@ def test_experts_are_part_of_the_mlp() -> None:
     assert found["moe.experts.in"] == 2 and found["moe.experts.out"] == 2 and "moe.router" not in found
 
 
+def test_partial_recipes_train_whole_small_tensors() -> None:
+    assert roles("norm") == {"norm.final": 1, "norm.mixer": 3, "norm.mlp": 3, "ssm.norm": 2}
+    assert roles("conv") == {"ssm.conv": 2}
+    assert roles("bitfit", config="odd").keys() == {
+        *(f"attn.{name}.bias" for name in "qkvo"),
+        "ssm.in.bias",
+        "ssm.out.bias",
+        "ssm.conv.bias",
+    }
+
+
+def test_state_recipes_train_no_tensor_of_the_model() -> None:
+    plan = make_plan(model(), "initial-state")
+    assert [(s.path, s.shape, s.container) for s in plan.sites] == [
+        (f"model.layers.{layer}.mamba.initial_state", (8, 8, 16), "state") for layer in (0, 2)
+    ]
+    assert {s.shape for s in make_plan(model(), "state-offset-h").sites} == {(8, 8, 16)}
+    assert {s.shape for s in make_plan(model(), "state-offset-y").sites} == {(8, 8)}
+
+
 def test_every_recipe_name_is_covered_here() -> None:
     """A new name needs a test of its own above."""
     placements = {f"{p}{c}" for p in ("attention", "recurrent", "mlp", "all", "random") for c in ("", "+core")}
     assert set(RECIPES) == placements | {
         "core",
+        "bitfit",
+        "norm",
+        "conv",
+        "initial-state",
+        "state-offset-h",
+        "state-offset-y",
         "transformer-names",
         "control:core-discarded",
         "control:core-in-place",
@@ -142,7 +168,7 @@ def test_leave_does_not_excuse_roles() -> None:
         select_components(inventory(), edit, allow_unmatched=True)
 
 
-@pytest.mark.parametrize("role", ["ssm.A_log", "ssm.conv", "norm.mixer", "embed.tokens", "ssm.in.x"])
+@pytest.mark.parametrize("role", ["ssm.A_log", "ssm.conv", "norm.mixer", "ssm.conv.x"])
 def test_role_that_the_method_cannot_edit(role: str) -> None:
     with pytest.raises(
         PlacementError, match=rf"role '{role}' exists .* method 'lora' cannot edit it; it can edit: attn"
@@ -182,7 +208,9 @@ def test_one_tensor_edited_twice_is_refused() -> None:
     twice = Recipe(
         name="twice", edits=(Edit(method="core", select=("core",)), Edit(method="core_in_place", select=("ssm.D",)))
     )
-    with pytest.raises(PlacementError, match=r"mamba\.D is edited 2 times \(core, core_in_place\)"):
+    with pytest.raises(
+        PlacementError, match=r"mamba\.D is edited twice \(ssm\.D by 'core' and ssm\.D by 'core_in_place'\)"
+    ):
         make_plan(model(), twice)
 
 

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from ssmtune.cli import demo, doctor, evaluate, inspect_model, merge, plan, report, study, train, verify
+from ssmtune.cli import bench, demo, doctor, evaluate, export, inspect_model, merge, plan, report, study, train, verify
 from ssmtune.errors import CheckFailed, SsmtuneError
 
 app = typer.Typer(
@@ -27,9 +27,11 @@ app.command("train")(train.train)
 app.command("verify")(verify.verify)
 app.command("evaluate")(evaluate.evaluate)
 app.command("merge")(merge.merge)
+app.command("export")(export.export)
 app.command("study")(study.study)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from ssmtune.component import Access, Group
 from ssmtune.discovery import load_constant, module_names
 from ssmtune.errors import UnsupportedModel, nearest
 
@@ -17,11 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-Group = Literal["attention", "recurrent", "mlp", "core", "conv", "norm", "embedding"]
-Topology = Literal["sequential", "parallel", "transformer"]
-Access = Literal["module", "parameter"]
+    from ssmtune.ops.seam import Call
 
-GROUPS: tuple[Group, ...] = ("attention", "recurrent", "mlp", "core", "conv", "norm", "embedding")
+Topology = Literal["sequential", "parallel", "pure", "transformer"]
 
 IGNORED_CONFIG = frozenset(
     # Attributes that change neither which parameters exist nor what the layers compute from them.
@@ -38,7 +37,10 @@ IGNORED_CONFIG = frozenset(
 class Claim:
     """All tensors of one role: their names with `{layer}` for the layer's index, and the rows that make up the role's parts.
 
-    `rows(config)` gives (role of the part, number of rows) from the first row to the last; the parts tile the tensor.
+    `{block}` in a name is any number that is no layer's (of an image tower). `layer_type` restricts the claim to the
+    layers of that type in the config's `layer_types`: for names that stand for something else in another kind of layer.
+    `rows(config)` gives (role of the part, number of rows) from the first row to the last; the parts tile the tensor,
+    and a role may come again (Qwen3-Next repeats q, k, v, z for every key head).
     `access` says whether the model calls a module that owns the tensor, or reads the parameter itself.
     """
 
@@ -46,6 +48,7 @@ class Claim:
     role: str
     group: Group
     access: Access = "module"
+    layer_type: str | None = None
     rows: Callable[[Any], tuple[tuple[str, int], ...]] | None = None
 
 
@@ -59,13 +62,27 @@ class Family:
     handled_config: frozenset[str]
     """Config attributes that the claims and operations take into account, whatever their value."""
     backbone: str
-    """Name of the submodule whose forward takes `position_ids` and `attention_mask` and runs the layers."""
-    recurrent_module: str | None = None
-    """Name of the recurrent module of a layer, with `{layer}`; None where there is none."""
-    operations: Callable[[nn.Module], Mapping[str, Callable[..., Any]]] | None = None
-    """For one recurrent module: name of a global of its forward -> the function to use instead."""
+    """Name of the submodule whose forward takes `position_ids` and `attention_mask` and runs the layers; "" for the
+    model itself, where the submodule takes no `position_ids`."""
+    cache: str = "past_key_values"
+    """Name under which the model takes and returns its cache."""
+    counts_on: bool = True
+    """Whether the backbone, given a cache and no `position_ids`, counts them on from the cache (Bamba begins at 0 again)."""
+    recurrent_classes: tuple[str, ...] = ()
+    """Class names of the modules that carry a state from token to token."""
+    operations: Callable[[nn.Module, Call], Mapping[str, Callable[..., Any]]] | None = None
+    """For one recurrent module: name of a global of its forward -> the function to use instead.
+
+    The functions read the current call's documents, padding and states from `Call`."""
+    methods: Callable[[nn.Module, Call], Mapping[str, Callable[..., Any]]] | None = None
+    """The same for modules off that seam: name of a method -> the function that the instance uses instead."""
+    states: Callable[[nn.Module], Mapping[str, tuple[int, ...]]] | None = None
+    """For one recurrent module: name of what can be added to its recurrence -> shape (`Call.states`)."""
     prepare_packed: Callable[[nn.Module, torch.Tensor, torch.Tensor], Mapping[str, Any]] | None = None
-    """(backbone, position_ids [B, T], seq_idx [B, T]) -> keyword arguments that keep documents apart in its layers."""
+    """(backbone, position_ids [B, T], seq_idx [B, T]) -> keyword arguments that keep documents apart in its layers.
+
+    Where layers hand keyword arguments on, `{"seq_idx": seq_idx}` reaches the recurrent modules; where they only hand
+    a mask on, `packing.mark_documents` makes one that carries `seq_idx`."""
     tiny_configs: Callable[[], Mapping[str, Any]] = field(default=dict)
     """Small configs for the contract tests, by name; they cover the architecture's variants."""
 
@@ -97,7 +114,12 @@ def find_family(model_type: str) -> tuple[str, Family]:
 
 
 def check_config(name: str, family: Family, config: Any) -> None:
-    """Raise `UnsupportedModel` when `config` sets an attribute away from its default that the family does not handle."""
+    """Raise `UnsupportedModel` when `config` sets an attribute away from its default that the family does not handle.
+
+    The config of a language model inside a multimodal one is checked by itself.
+    """
+    if config.get_text_config() is not config:
+        check_config(name, family, config.get_text_config())
     default = type(config)().to_dict()
     for key, value in config.to_dict().items():
         if key in family.handled_config or key in IGNORED_CONFIG or key.startswith("_"):

@@ -2,119 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ssmtune.families._mamba2 import Sizes, mixer_claims, operations, prepare_packed, states
+from ssmtune.families._transformer import ATTENTION, EMBEDDINGS, LAYER
 from ssmtune.families.base import Claim, Family
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
-LAYER = "model.layers.{layer}."
-
-
-def _in_proj_rows(config: Any) -> tuple[tuple[str, int], ...]:
-    """Rows of `in_proj` in order: gate z, input x, B, C, step size dt (Mamba-2 layout)."""
-    inner = int(config.mamba_expand * config.hidden_size)
-    state = config.mamba_n_groups * config.mamba_d_state
-    return (
-        ("ssm.in.z", inner),
-        ("ssm.in.x", inner),
-        ("ssm.in.B", state),
-        ("ssm.in.C", state),
-        ("ssm.in.dt", config.mamba_n_heads),
+def _sizes(config: Any) -> Sizes:
+    return Sizes(
+        inner=int(config.mamba_expand * config.hidden_size),
+        states=config.mamba_n_groups * config.mamba_d_state,
+        heads=config.mamba_n_heads,
     )
-
-
-def _conv_rows(config: Any) -> tuple[tuple[str, int], ...]:
-    """Channels of the depthwise convolution: those of x, B and C."""
-    rows = dict(_in_proj_rows(config))
-    return tuple((f"ssm.conv.{part}", rows[f"ssm.in.{part}"]) for part in ("x", "B", "C"))
 
 
 def _gate_up_rows(config: Any) -> tuple[tuple[str, int], ...]:
     return (("mlp.gate", config.shared_intermediate_size), ("mlp.up", config.shared_intermediate_size))
-
-
-def _operations(module: nn.Module) -> Mapping[str, Callable[..., Any]]:
-    """Our functions under the names that the layer's forward calls, with the argument conventions of that forward."""
-    from ssmtune.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
-    from ssmtune.ops.mamba2_chunk_scan import mamba2_chunk_scan
-    from ssmtune.ops.selective_state_update import selective_state_update
-
-    limit: Any = module.time_step_limit
-
-    def conv(x: Any, weight: Any, bias: Any = None, activation: Any = None, **extra: Any) -> Any:
-        return causal_conv1d(
-            x, weight, bias, activation, seq_idx=extra.get("seq_idx"), padding_mask=extra.get("padding_mask")
-        )
-
-    def scan(x: Any, dt: Any, A: Any, B: Any, C: Any, *, return_final_states: bool, **extra: Any) -> Any:
-        y, final = mamba2_chunk_scan(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D_H=extra["D"],
-            dt_bias_H=extra["dt_bias"],
-            initial_states_BHPN=extra["initial_states"],
-            dt_softplus=extra["dt_softplus"],
-            dt_limit=extra["dt_limit"] or (0.0, math.inf),
-            seq_idx=extra.get("seq_idx"),
-            padding_mask=extra.get("padding_mask"),
-        )
-        return (y, final) if return_final_states else y
-
-    def step(
-        state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, *, dt_bias: Any, dt_softplus: bool, **_: Any
-    ) -> Any:
-        # The forward expands per-head values over the head width and state; each copy is the same, so one is taken.
-        # It also forgets the limit on dt here, so that decoding would differ from prefill; it is given again.
-        return selective_state_update(
-            state,
-            x,
-            dt[:, :, 0],
-            A[:, 0, 0],
-            B,
-            C,
-            D_H=D[:, 0],
-            dt_bias_H=dt_bias[:, 0],
-            dt_softplus=dt_softplus,
-            dt_limit=limit or (0.0, math.inf),
-        )
-
-    return {
-        "causal_conv1d_fn": conv,
-        "causal_conv1d_update": causal_conv1d_update,
-        "mamba2_chunk_scan": scan,
-        "mamba2_selective_state_update": step,
-        # The fused operation would swallow out_proj and the gated norm; None makes the forward take its other branch.
-        "mamba2_split_conv1d_scan_combined": _declined,
-    }
-
-
-def _declined(*_: Any, **__: Any) -> None:
-    return None
-
-
-def _prepare_packed(backbone: nn.Module, position_ids: torch.Tensor, seq_idx: torch.Tensor) -> Mapping[str, Any]:
-    """The model does not hand `position_ids` to its causal mask, so its attention would leak: build the mask here."""
-    from transformers.masking_utils import create_causal_mask
-
-    weight: Any = backbone.get_submodule("embed_tokens").weight
-    shape_only = weight.new_empty(*position_ids.shape, 1)
-    mask = create_causal_mask(
-        config=backbone.config,
-        inputs_embeds=shape_only,
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=position_ids,
-    )
-    return {"attention_mask": {"full_attention": mask, "linear_attention": None}, "seq_idx": seq_idx}
 
 
 def _tiny_configs() -> Mapping[str, Any]:
@@ -177,36 +83,18 @@ FAMILY = Family(
     model_types=("granitemoehybrid",),
     topology="sequential",
     backbone="model",
-    recurrent_module=LAYER + "mamba",
-    operations=_operations,
-    prepare_packed=_prepare_packed,
+    recurrent_classes=("GraniteMoeHybridMambaLayer",),
+    operations=operations,
+    states=states,
+    prepare_packed=prepare_packed,
     tiny_configs=_tiny_configs,
     claims=(
-        Claim(path="model.embed_tokens.weight", role="embed.tokens", group="embedding"),
-        Claim(path="lm_head.weight", role="embed.head", group="embedding"),
+        *EMBEDDINGS,
         Claim(path="model.norm.weight", role="norm.final", group="norm"),
         Claim(path=LAYER + "input_layernorm.weight", role="norm.mixer", group="norm"),
         Claim(path=LAYER + "post_attention_layernorm.weight", role="norm.mlp", group="norm"),
-        Claim(path=LAYER + "self_attn.q_proj.weight", role="attn.q", group="attention"),
-        Claim(path=LAYER + "self_attn.k_proj.weight", role="attn.k", group="attention"),
-        Claim(path=LAYER + "self_attn.v_proj.weight", role="attn.v", group="attention"),
-        Claim(path=LAYER + "self_attn.o_proj.weight", role="attn.o", group="attention"),
-        Claim(path=LAYER + "self_attn.q_proj.bias", role="attn.q.bias", group="attention"),
-        Claim(path=LAYER + "self_attn.k_proj.bias", role="attn.k.bias", group="attention"),
-        Claim(path=LAYER + "self_attn.v_proj.bias", role="attn.v.bias", group="attention"),
-        Claim(path=LAYER + "self_attn.o_proj.bias", role="attn.o.bias", group="attention"),
-        Claim(path=LAYER + "mamba.in_proj.weight", role="ssm.in", group="recurrent", rows=_in_proj_rows),
-        Claim(path=LAYER + "mamba.in_proj.bias", role="ssm.in.bias", group="recurrent", rows=_in_proj_rows),
-        Claim(path=LAYER + "mamba.out_proj.weight", role="ssm.out", group="recurrent"),
-        Claim(path=LAYER + "mamba.out_proj.bias", role="ssm.out.bias", group="recurrent"),
-        Claim(path=LAYER + "mamba.conv1d.weight", role="ssm.conv", group="conv", access="parameter", rows=_conv_rows),
-        Claim(
-            path=LAYER + "mamba.conv1d.bias", role="ssm.conv.bias", group="conv", access="parameter", rows=_conv_rows
-        ),
-        Claim(path=LAYER + "mamba.A_log", role="ssm.A_log", group="core", access="parameter"),
-        Claim(path=LAYER + "mamba.D", role="ssm.D", group="core", access="parameter"),
-        Claim(path=LAYER + "mamba.dt_bias", role="ssm.dt_bias", group="core", access="parameter"),
-        Claim(path=LAYER + "mamba.norm.weight", role="ssm.norm", group="norm"),
+        *ATTENTION,
+        *mixer_claims(LAYER + "mamba", _sizes),
         Claim(path=LAYER + "shared_mlp.input_linear.weight", role="mlp.in", group="mlp", rows=_gate_up_rows),
         Claim(path=LAYER + "shared_mlp.output_linear.weight", role="mlp.out", group="mlp"),
         Claim(path=LAYER + "block_sparse_moe.router.weight", role="moe.router", group="mlp"),

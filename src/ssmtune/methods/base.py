@@ -15,7 +15,11 @@ from ssmtune.errors import ConfigError, nearest
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["module", "tensor"]
+    from ssmtune.component import Component
+
+Rows = Sequence[tuple[int, int]] | None
+Container = Literal["module", "tensor", "state"]
+"""What holds a trained edit: PEFT's layer around a module, an edit of the tensor itself, or an addition to a recurrence."""
 
 
 class TensorEdit(Protocol):
@@ -29,19 +33,21 @@ class TensorEdit(Protocol):
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor: ...
 
-    def trained(self) -> torch.nn.Parameter:
-        """The one parameter that trains."""
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """What trains, by name; the name is empty where it is one tensor of the base's own shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Everything ssmtune knows of one method.
 
-    kind "module": PEFT's own layer around a module that every path calls.
-    kind "tensor": `make_edit(weight, options)` returns a module that computes the effective tensor.
+    `in_module`: whether PEFT's own layer can hold it around a module that every path calls.
+    `make_edit(weight, rows, options)` returns a module that computes the effective tensor, for all other sites;
+    `rows` are the [first, end) ranges that the edit is confined to, None for all.
+    `make_state(shape, options)` returns a module without inputs that computes an addition to a recurrence.
     """
 
-    kind: Kind
+    in_module: bool
     summary: str
     """What it trains, in one sentence."""
     formula: str
@@ -52,11 +58,13 @@ class Method:
     """Cost at inference once merged, or always where it cannot merge."""
     Options: type[Any]
     """Dataclass of the method's options; every field has a default."""
-    allowed_roles: frozenset[str]
+    allows: Callable[[Component], bool]
+    """Whether the method can edit a component."""
     num_params: Callable[[Sequence[int], Any], int]
     """(shape of the site, options) -> trained parameters, exactly."""
     optimizer_group: Literal["lora", "core"]
-    make_edit: Callable[[torch.Tensor, Any], torch.nn.Module] | None = None
+    make_edit: Callable[[torch.Tensor, Rows, Any], torch.nn.Module] | None = None
+    make_state: Callable[[Sequence[int], Any], torch.nn.Module] | None = None
     value_kind: Literal["factors", "delta", "absolute"] = "factors"
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ssmtune.config import STRICT
-from ssmtune.methods.base import Method
+from ssmtune.methods._delta import Delta
+from ssmtune.methods.base import Method, Rows
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -25,44 +26,28 @@ class CoreOptions:
     saved: bool = True
 
 
-class Delta(nn.Module):
-    """The effective tensor is W + delta in fp32; delta starts at zero."""
-
-    enabled = True
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.delta = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return [*] fp32 for a weight [*] of any dtype; the weight itself where the edit is switched off."""
-        return weight.float() + self.delta if self.enabled else weight
-
-    def trained(self) -> nn.Parameter:
-        """The delta."""
-        return self.delta
+def make_delta(weight: torch.Tensor, rows: Rows, options: object) -> nn.Module:
+    """Return a zero delta for all of `weight`."""
+    assert rows is None
+    # fp32 up to the scan: rounding to the model's dtype would lose what was trained.
+    return Delta(weight, dtype=torch.float32)
 
 
-def make_delta(weight: torch.Tensor, options: CoreOptions) -> Delta:
-    """Return a zero delta for `weight`."""
-    return Delta(weight)
-
-
-def _num_elements(shape: Sequence[int], options: object) -> int:
+def num_elements(shape: Sequence[int], options: object) -> int:
     """Every element of the tensor trains."""
     return math.prod(shape)
 
 
 METHOD = Method(
-    kind="tensor",
-    summary="A_log, D and dt_bias of every recurrent layer, as fp32 deltas.",
+    in_module=False,
+    summary="The recurrence's own parameters (A_log, D, dt_bias and their like), as fp32 deltas.",
     formula="number of elements (Mamba-2: 3 per head)",
     source="Ford 2026 (Granite study, V4), with the storage corrected",
     mergeable=True,
     overhead="none",
     Options=CoreOptions,
-    allowed_roles=frozenset({"ssm.A_log", "ssm.D", "ssm.dt_bias"}),
-    num_params=_num_elements,
+    allows=lambda component: component.group == "core" and component.rows is None,
+    num_params=num_elements,
     optimizer_group="core",
     make_edit=make_delta,
     value_kind="delta",

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ssmtune.methods import core
+from ssmtune.methods.base import Rows
 from ssmtune.methods.core import CoreOptions
 
 
@@ -28,12 +29,12 @@ class InPlace(nn.Module):
         """Return the trained copy, [*], in the weight's dtype; the weight itself where the edit is switched off."""
         return self.value if self.enabled else weight
 
-    def trained(self) -> nn.Parameter:
+    def trained(self) -> dict[str, nn.Parameter]:
         """The copy."""
-        return self.value
+        return {"": self.value}
 
 
-def _make_edit(weight: torch.Tensor, options: CoreOptions) -> InPlace:
+def _make_edit(weight: torch.Tensor, rows: Rows, options: CoreOptions) -> InPlace:
     return InPlace(weight)
 
 

@@ -8,12 +8,56 @@ attribute restores the class's forward.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ssmtune.errors import AttachError
+
+STATES = ("initial_state", "state_offset", "output_offset")
+"""Names under which a recurrent module holds trained additions to its recurrence."""
+
+
+@dataclass
+class Call:
+    """What a recurrent module's current call was given beside its inputs; its operations read it.
+
+    It is filled when the module is called, so that a recomputed layer sees what the first computation saw.
+    """
+
+    seq_idx: torch.Tensor | None = None
+    """[B, T] number of the document at each step, None for one document per row."""
+    padding_mask: torch.Tensor | None = None
+    """[B, T'] zero at padding, aligned with the last step; None without padding."""
+    cache: Any = None
+    """Weak proxy of the cache that the module was given; None without one."""
+    layer: int | None = None
+    """Index of the layer that the module belongs to, the same at every call; None outside the layers."""
+    states: dict[str, Any] = field(default_factory=dict)
+    """The module's trained additions to the recurrence, by the names of `STATES`."""
+
+    def state(self, name: str) -> torch.Tensor | None:
+        """Return a trained addition, fp32 and without batch, or None where none is attached or it is switched off."""
+        edit = self.states.get(name)
+        return edit() if edit is not None and edit.enabled else None
+
+
+def replace_methods(module: nn.Module, replacements: Mapping[str, Callable[..., Any]]) -> None:
+    """Let `module` use `replacements` in place of its class's methods of the same names.
+
+    Raises `AttachError` when the class has no such method: transformers changed under us.
+    """
+    missing = sorted(name for name in replacements if not callable(getattr(type(module), name, None)))
+    if missing:
+        raise AttachError(
+            f"{type(module).__name__} of the installed transformers has no method {', '.join(missing)}; "
+            "this version moved the operations. Install a version in the range that 'pip show ssmtune' requires."
+        )
+    for name, function in replacements.items():
+        setattr(module, name, function)
 
 
 def rebind(module: nn.Module, replacements: Mapping[str, Callable[..., Any]]) -> None:
@@ -37,9 +81,10 @@ def rebind(module: nn.Module, replacements: Mapping[str, Callable[..., Any]]) ->
     module.forward = types.MethodType(_with_globals(function, replacements), module)
 
 
-def restore(module: nn.Module) -> None:
-    """Undo `rebind`: the instance uses its class's forward again."""
-    vars(module).pop("forward", None)
+def restore(module: nn.Module, names: Iterable[str] = ("forward",)) -> None:
+    """Undo `rebind` and `replace_methods`: the instance uses its class's own again."""
+    for name in names:
+        vars(module).pop(name, None)
 
 
 def _innermost(function: Any) -> types.FunctionType:

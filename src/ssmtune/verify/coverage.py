@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from peft.tuners.lora.layer import LoraLayer
 from torch.nn.utils import parametrize
 
-from ssmtune.attach import module_name, owner_of
+from ssmtune.attach import owner_of
 from ssmtune.inventory import Inventory, coverage_table, take_inventory
-from ssmtune.methods.base import get_method
+from ssmtune.peft_layers import module_name
 from ssmtune.verify.base import Check, CheckResult, Subject
 from ssmtune.verify.fresh import base_tensors, build_base
 
@@ -64,8 +64,8 @@ def _run(subject: Subject) -> CheckResult:
 
 def _key(site: Site) -> str:
     """Where a site's parameters are found: its tensor, its module, or the module of all packed experts together."""
-    if get_method(site.method).kind == "tensor":
-        return site.path
+    if site.container != "module":
+        return site.key
     return module_name(site) if len(site.shape) == 2 else site.path.rpartition(".")[0]
 
 
@@ -84,7 +84,7 @@ def _site_fault(adapted: AdaptedModel, site: Site, counts: Counter[str], expecte
         return f"{site.role} carries no adapter"
     if counts[key] != expected[key]:
         return f"{site.role} trains {counts[key]:,} parameters, the plan says {expected[key]:,}"
-    if get_method(site.method).kind == "tensor":
+    if site.container != "module":
         return _edit_fault(adapted, site)
     layer = adapted.base_model.model.get_submodule(key)
     if not isinstance(layer, LoraLayer):
@@ -110,14 +110,22 @@ def _factor_fault(layer: LoraLayer, site: Site) -> str:
 def _edit_fault(adapted: AdaptedModel, site: Site) -> str:
     owner: Any
     owner, name = owner_of(adapted.base_model.model, site.path)
-    edit: Any = adapted.edits[site.path]
-    registered = owner.parametrizations[name] if parametrize.is_parametrized(owner, name) else ()
+    edit: Any = adapted.edits[site.key]
+    if site.container == "state":
+        registered = [owner._modules.get(name)]
+    else:
+        registered = list(owner.parametrizations[name]) if parametrize.is_parametrized(owner, name) else []
     if not any(part is edit for part in registered):
-        return f"{site.role}: the edit is not on the tensor"
+        return f"{site.role}: the edit is not where the model reads it"
     if not edit.enabled:
         return f"{site.role}: the edit is switched off"
-    shape = tuple(edit.trained().shape)
-    return "" if shape == site.shape else f"{site.role} has an edit of shape {shape}, the plan says {site.shape}"
+    trained = edit.trained()
+    if "" in trained:
+        shape = tuple(trained[""].shape)
+        return "" if shape == site.shape else f"{site.role} has an edit of shape {shape}, the plan says {site.shape}"
+    if edit.rows != site.rows:
+        return f"{site.role} acts on rows {edit.rows}, the plan says {site.rows}"
+    return ""
 
 
 def _untouched(inventory: Inventory, edited: set[str]) -> tuple[str, str]:

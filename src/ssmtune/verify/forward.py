@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ssmtune.families.base import find_family
+
 PATHS = ("train", "eval", "prefill", "decode")
 """Training without dropout and cache, evaluation, one pass with a cache, token by token with a cache."""
 
@@ -95,10 +97,16 @@ def path_logits(model: Any, path: str, ids_BT: torch.Tensor, **inputs: Any) -> t
         return _logits(model(input_ids=ids_BT, use_cache=path == "prefill", **inputs))
     cache, steps = None, []
     for step in range(ids_BT.shape[1]):
-        output = model(input_ids=ids_BT[:, step : step + 1], past_key_values=cache, use_cache=True, **inputs)
-        cache = output.past_key_values
+        state: dict[str, Any] = {} if cache is None else {cache_name(model): cache}
+        output = model(input_ids=ids_BT[:, step : step + 1], use_cache=True, **state, **inputs)
+        cache = output[cache_name(model)]
         steps.append(_logits(output))
     return torch.cat(steps, dim=1)
+
+
+def cache_name(model: Any) -> str:
+    """Return the name under which the model takes and returns its cache."""
+    return find_family(model.config.model_type)[1].cache
 
 
 def _logits(output: Any) -> torch.Tensor:
@@ -109,13 +117,13 @@ def _logits(output: Any) -> torch.Tensor:
 def prefill_cache(model: Any, ids_BT: torch.Tensor) -> Any:
     """Return the cache after `ids_BT`."""
     model.eval()
-    return model(input_ids=ids_BT, use_cache=True).past_key_values
+    return model(input_ids=ids_BT, use_cache=True)[cache_name(model)]
 
 
 def step_logits(model: Any, ids_BT: torch.Tensor, cache: Any) -> torch.Tensor:
     """Return the logits [B, 1, V] of one token after `cache`, which is not changed."""
     model.eval()
-    return _logits(model(input_ids=ids_BT, past_key_values=deepcopy(cache), use_cache=True))
+    return _logits(model(input_ids=ids_BT, use_cache=True, **{cache_name(model): deepcopy(cache)}))
 
 
 def relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:

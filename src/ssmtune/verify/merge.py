@@ -8,16 +8,18 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 
 from ssmtune.adapter_files import discarded_paths
-from ssmtune.attach import load, module_name, owner_of
+from ssmtune.attach import base_tensor, load, owner_of
 from ssmtune.errors import AttachError
 from ssmtune.merge import merge
 from ssmtune.methods.base import get_method
+from ssmtune.peft_layers import module_name
 from ssmtune.verify.base import Check, CheckResult, Subject
 from ssmtune.verify.forward import path_logits, relative_difference, tolerance
 from ssmtune.verify.fresh import fresh_base
 
 if TYPE_CHECKING:
     from ssmtune.attach import AdaptedModel
+    from ssmtune.plan import Site
 
 ROUNDING_LIMIT = 1.0
 SUM_ERROR = 2.0**-21
@@ -31,6 +33,11 @@ def _run(subject: Subject) -> CheckResult:
     the last place, limit 1.
     """
     copy = load(fresh_base(subject), subject.directory)
+    lasting = sorted({s.method for s in copy.plan.sites if not get_method(s.method).mergeable})
+    if lasting:
+        refused = _merges_twice(copy) is False
+        detail = f"{', '.join(lasting)} cannot be merged, and merging is {'refused' if refused else 'accepted'}"
+        return _result(refused, int(not refused), 0, "" if refused else lasting[0], detail)
     ids_BT = subject.documents[0][None].to(copy.base_model.model.device)
     limit = tolerance(copy)
     with torch.no_grad():
@@ -57,6 +64,7 @@ def _result(ok: bool, measured: float, limit: float, where: str, detail: str) ->
 
 
 def _merges_twice(spent: AdaptedModel) -> bool:
+    """Whether a model that must not be merged (again) is."""
     try:
         merge(spent)
     except AttachError:
@@ -72,16 +80,14 @@ def _exact_tensors(adapted: AdaptedModel) -> dict[str, tuple[torch.Tensor, torch
     """
     model = adapted.base_model.model
     dropped = discarded_paths(adapted.plan)
-    exact = {}
+    exact: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for site in adapted.plan.sites:
         if site.path in dropped or len(site.shape) == 3:
             continue
-        if get_method(site.method).kind == "tensor":
-            owner: Any
-            owner, name = owner_of(model, site.path)
-            base = owner.parametrizations[name].original
-            value = adapted.edits[site.path](base).double()
-            exact[site.path] = (value, value.abs() + base.double().abs())
+        if site.container == "tensor":
+            base = base_tensor(model, site.path).double()
+            value, terms = exact.get(site.path, (base, base.abs()))
+            exact[site.path] = _edited(adapted.edits[site.key], site, value, terms)
             continue
         layer = model.get_submodule(module_name(site))
         assert isinstance(layer, LoraLayer)
@@ -90,6 +96,19 @@ def _exact_tensors(adapted: AdaptedModel) -> dict[str, tuple[torch.Tensor, torch
         scale = site.options["alpha"] / site.options["rank"]
         exact[site.path] = (weight + scale * (B_Or @ A_rI), weight.abs() + scale * (B_Or.abs() @ A_rI.abs()))
     return exact
+
+
+def _edited(edit: Any, site: Site, value: torch.Tensor, terms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`value` and the size of its terms after one more tensor edit."""
+    trained = edit.trained()
+    if "lora_B" not in trained:
+        new: torch.Tensor = edit(value.float()).double()
+        return new, terms + new.abs()
+    scale = site.options["alpha"] / site.options["rank"]
+    change = scale * (trained["lora_B"].double() @ trained["lora_A"].double())
+    size = scale * (trained["lora_B"].double().abs() @ trained["lora_A"].double().abs())
+    rows = torch.cat([torch.arange(first, end) for first, end in site.rows or ((0, len(value)),)]).to(value.device)
+    return value.index_add(0, rows, change), terms.index_add(0, rows, size)
 
 
 def _tensor(model: Any, path: str) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssmtune.attach import owner_of
+from ssmtune.attach import base_tensor
 from ssmtune.merge import survival_report
 from ssmtune.methods.base import get_method
 from ssmtune.verify.base import Check, CheckResult, Subject
@@ -28,8 +28,12 @@ def _run(subject: Subject) -> CheckResult:
     adapted = subject.adapted
     with torch.no_grad():
         survivals = survival_report(adapted)
-        low_rank = {s.path: s.changed for s in survivals if get_method(_method(adapted, s.path)).kind == "module"}
-        core = {path: _share_moved(adapted, path) for path in adapted.edits}
+        low_rank = {s.path: s.changed for s in survivals if _has_factors(adapted, s.path)}
+        core = {
+            site.path: _share_moved(adapted, site.path)
+            for site in adapted.plan.sites
+            if site.container != "module" and not _has_factors(adapted, site.path)
+        }
     unmoved = [path for path, changed in low_rank.items() if changed == 0]
     lost = [path for path, share in core.items() if share < SMALLEST_SHARE]
     num_moved = len(low_rank) - len(unmoved)
@@ -54,14 +58,15 @@ def _run(subject: Subject) -> CheckResult:
     )
 
 
-def _method(adapted: AdaptedModel, path: str) -> str:
-    return next(site.method for site in adapted.plan.sites if site.path == path)
+def _has_factors(adapted: AdaptedModel, path: str) -> bool:
+    return any(get_method(s.method).value_kind == "factors" for s in adapted.plan.sites if s.path == path)
 
 
 def _share_moved(adapted: AdaptedModel, path: str) -> float:
-    owner: Any
-    owner, name = owner_of(adapted.base_model.model, path)
-    base: torch.Tensor = owner.parametrizations[name].original
+    edit: Any = adapted.edits[path]
+    if next(site for site in adapted.plan.sites if site.path == path).container == "state":
+        return float((edit() != 0).float().mean())
+    base = base_tensor(adapted.base_model.model, path)
     return float((adapted.edits[path](base) != base).float().mean())
 
 

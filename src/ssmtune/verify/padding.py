@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ssmtune.verify.base import Check, CheckResult, Subject
-from ssmtune.verify.forward import in_fp32, path_logits, relative_difference, tolerance, worst_position
+from ssmtune.verify.forward import cache_name, in_fp32, path_logits, relative_difference, tolerance, worst_position
 
 
 def _run(subject: Subject) -> CheckResult:
@@ -74,8 +74,8 @@ def _next_token(model: Any, documents: list[torch.Tensor]) -> list[torch.Tensor]
         input_ids=ids_BT[:, -1:],
         attention_mask=mask_BT,
         position_ids=position_ids[:, -1:],
-        past_key_values=prefix.past_key_values,
         use_cache=True,
+        **{cache_name(model): prefix[cache_name(model)]},
     )
     return list(step.logits[:, -1])
 

@@ -1,0 +1,280 @@
+"""Parity, then speed, of the kernels on this GPU: python benchmarks/operations.py --out records/bench/NAME.json
+
+Truth is the reference in fp64. An operation whose parity fails gets no timing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ssmtune.ops.causal_conv1d import causal_conv1d
+from ssmtune.ops.gated_rms_norm import gated_rms_norm
+from ssmtune.ops.mamba2_chunk_scan import mamba2_chunk_scan
+from ssmtune.records import new_record, write_json
+
+Tensors = dict[str, torch.Tensor]
+
+ALLOWANCE = {
+    # Over the reference's own error in the same dtype. fp32: sums in another order, and products split in three.
+    torch.float32: 1e-5,
+    # bf16: products with fp32 operands round them to tf32, 2^-11 each; half of what rounding the result costs.
+    torch.bfloat16: 2.0**-9,
+}
+
+
+SWITCHES = ((False, False, False), (True, False, True), (True, True, False), (True, True, True))
+"""(initial state, packed documents, padding): each kernel variant costs a compilation."""
+
+
+def normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """fp64 numbers on the GPU."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cuda")
+
+
+def documents(batch: int, steps: int) -> torch.Tensor:
+    """Document numbers [B, T]: single steps, splits at a chunk's edge and inside, another split in each row."""
+    numbers = torch.zeros(batch, steps, dtype=torch.int32, device="cuda")
+    for row in range(batch):
+        for start in (1, 2, 7, 64, 100, 300, 777):
+            numbers[row, start + row :] += 1
+    return numbers
+
+
+def left_padding(batch: int, steps: int) -> torch.Tensor:
+    """Attention mask [B, T] with the first row padded by a third."""
+    mask = torch.ones(batch, steps, dtype=torch.long, device="cuda")
+    mask[0, : steps // 3] = 0
+    return mask
+
+
+def scan_case(
+    batch: int, steps: int, heads: int, width: int, groups: int, state: int, *, initial: bool = False
+) -> Tensors:
+    """Inputs of the scan, decays from almost none to almost all of the state."""
+    g = torch.Generator(device="cuda").manual_seed(steps)
+    tensors = {
+        "x_BTHP": normal(g, batch, steps, heads, width),
+        "dt_BTH": normal(g, batch, steps, heads),
+        "A_H": -torch.exp(torch.linspace(-3, 2, heads, dtype=torch.float64, device="cuda")),
+        "B_BTGN": normal(g, batch, steps, groups, state),
+        "C_BTGN": normal(g, batch, steps, groups, state),
+        "D_H": normal(g, heads),
+        "dt_bias_H": normal(g, heads) - 2.0,
+    }
+    if initial:
+        tensors["initial_states_BHPN"] = normal(g, batch, heads, width, state)
+    return tensors
+
+
+FP32_ALWAYS = ("A_H", "D_H", "dt_bias_H", "initial_states_BHPN")
+"""Small parameters and states are fp32 in training, whatever the activations are."""
+
+
+def errors(run: Callable[..., Any], tensors: Tensors, dtype: torch.dtype, **options: Any) -> tuple[Tensors, Tensors]:
+    """(kernel, reference) relative RMS errors of outputs and all gradients, on inputs and upstream rounded once."""
+    types = {name: torch.float32 if name in FP32_ALWAYS else dtype for name in tensors}
+    rounded = {name: value.to(types[name]) for name, value in tensors.items()}
+
+    def outputs_and_gradients(backend: str, exact: bool) -> Tensors:
+        leaves = {n: (v.double() if exact else v.clone()).requires_grad_() for n, v in rounded.items()}
+        outputs = run(**leaves, backend=backend, **options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        g = torch.Generator(device="cuda").manual_seed(99)
+        upstream = [normal(g, *o.shape).to(dtype).to(o.dtype) for o in outputs]
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+        named = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+        return named | {f"grad {n}": v for n, v in zip(leaves, gradients, strict=True)}
+
+    truth = outputs_and_gradients("reference", True)
+
+    def relative(found: Tensors) -> Tensors:
+        return {
+            n: float((found[n].double() - truth[n]).pow(2).mean().sqrt() / truth[n].pow(2).mean().sqrt()) for n in truth
+        }
+
+    return relative(outputs_and_gradients("triton", False)), relative(outputs_and_gradients("reference", False))
+
+
+def conv_run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    """The convolution on a slice of a wider tensor, as models call it."""
+    return causal_conv1d(x[..., 3:-5].transpose(1, 2), weight, bias, "silu", **options)
+
+
+SIZES = ((2, 1, 4, 64, 1, 128), (2, 63, 4, 24, 2, 40), (1, 500, 8, 64, 1, 128), (2, 1000, 6, 80, 3, 256))
+"""Batch, steps, heads, width, groups, state of the scan's cases; odd lengths, sizes that fill no block."""
+
+
+def scan_parity(dtype: torch.dtype, size: tuple[int, ...]) -> dict[str, Any]:
+    """Worst error of the scan at one size, over documents, padding, limits and initial states."""
+    cases = []
+    for initial, packed, padded in SWITCHES:
+        options: dict[str, Any] = {"dt_softplus": True}
+        options |= {"seq_idx": documents(*size[:2])} if packed else {}
+        options |= {"padding_mask": left_padding(*size[:2])} if padded else {}
+        options |= {"dt_limit": (0.01, 1.5)} if initial else {}
+        where = f"{size} initial={initial} packed={packed} padded={padded}"
+        cases.append((where, scan_case(*size, initial=initial), options))
+    return worst_error(mamba2_chunk_scan, dtype, cases)
+
+
+def conv_parity(dtype: torch.dtype, steps: int) -> dict[str, Any]:
+    """Worst error of the convolution at one length, on a strided slice, packed and padded."""
+    cases = []
+    for packed, padded in product((False, True), (False, True)):
+        g = torch.Generator(device="cuda").manual_seed(steps)
+        tensors = {"x": normal(g, 2, steps, 108), "weight": normal(g, 100, 4), "bias": normal(g, 100)}
+        options: dict[str, Any] = {"seq_idx": documents(2, steps)} if packed else {}
+        options |= {"padding_mask": left_padding(2, steps)} if padded else {}
+        cases.append((f"T={steps} packed={packed} padded={padded}", tensors, options))
+    return worst_error(conv_run, dtype, cases)
+
+
+def norm_parity(dtype: torch.dtype, width: int) -> dict[str, Any]:
+    """Worst error of the gated norm at one width, in one group and in two, with and without a gate, on slices."""
+    g = torch.Generator(device="cuda").manual_seed(width)
+    tensors = {"wide": normal(g, 2, 501, 2 * width + 9), "weight": normal(g, width)}
+    switches = product((True, False), (width, width // 2))
+    cases = [(f"D={width} gated={a} group={b}", tensors, {"gated": a, "group_size": b}) for a, b in switches]
+    return worst_error(norm_run, dtype, cases)
+
+
+def norm_run(wide: torch.Tensor, weight: torch.Tensor, *, gated: bool, **options: Any) -> torch.Tensor:
+    """The norm on slices of a wider tensor, as models call it."""
+    width = weight.shape[0]
+    gate = wide[..., width : 2 * width] if gated else None
+    return gated_rms_norm(wide[..., :width], weight, gate, eps=1e-5, **options)
+
+
+def worst_error(run: Callable[..., Any], dtype: torch.dtype, cases: list[tuple[str, Tensors, dict[str, Any]]]) -> Any:
+    """The tensor of all cases whose error exceeds the reference's most; memory from torch.empty holds NaN meanwhile."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    worst: dict[str, Any] = {"excess": -math.inf}
+    for where, tensors, options in cases:
+        ours, reference = errors(run, tensors, dtype, **options)
+        for tensor, error in ours.items():
+            excess = error - reference[tensor]
+            # NaN compares false with everything and must not pass.
+            if not excess <= worst["excess"]:
+                worst = {
+                    "excess": excess,
+                    "error": error,
+                    "reference": reference[tensor],
+                    "tensor": tensor,
+                    "where": where,
+                }
+    return worst | {"allowed": ALLOWANCE[dtype], "ok": bool(worst["excess"] <= ALLOWANCE[dtype]), "cases": len(cases)}
+
+
+def parity() -> dict[str, Any]:
+    """Worst errors by operation, dtype and size; each in a process of its own, so that kernels compile side by side."""
+    with ProcessPoolExecutor(max_workers=8, mp_context=get_context("spawn")) as pool:
+        running = {}
+        for dtype in ALLOWANCE:
+            kind = str(dtype).removeprefix("torch.")
+            for size in SIZES:
+                running[f"scan/{kind}/{size}"] = pool.submit(scan_parity, dtype, size)
+            for steps in (1, 63, 1000):
+                running[f"conv/{kind}/{steps}"] = pool.submit(conv_parity, dtype, steps)
+            for width in (48, 2048, 4096):
+                running[f"norm/{kind}/{width}"] = pool.submit(norm_parity, dtype, width)
+        results = {}
+        for name, future in running.items():
+            results[name] = future.result()
+            print(name, {k: v if isinstance(v, str) else round(v, 8) for k, v in results[name].items()}, flush=True)
+    return results
+
+
+def timings(repeats: int = 10) -> dict[str, Any]:
+    """Milliseconds of forward and forward + backward at Granite-4.0-H-Micro's layer, T = 8,192, bf16, kernels by name."""
+    from triton.testing import do_bench
+
+    tensors = scan_case(1, 8192, 64, 64, 1, 128)
+    scan_inputs = {n: v.to(torch.float32 if n in FP32_ALWAYS else torch.bfloat16) for n, v in tensors.items()}
+    wide = torch.randn(1, 8192, 8512, device="cuda", dtype=torch.bfloat16)
+    conv_inputs = {
+        "x_BCT": wide[..., 4096:8448].transpose(1, 2),
+        "weight_CK": torch.randn(4352, 4, device="cuda", dtype=torch.bfloat16),
+        "bias_C": torch.randn(4352, device="cuda", dtype=torch.bfloat16),
+    }
+    norm_inputs = {
+        "x": torch.randn(1, 8192, 4096, device="cuda", dtype=torch.bfloat16),
+        "gate": wide[..., :4096],
+        "weight_D": torch.randn(4096, device="cuda", dtype=torch.bfloat16),
+    }
+    trained: dict[str, tuple[str, ...]] = {
+        "mamba2_chunk_scan": tuple(scan_inputs),
+        "causal_conv1d": ("x_BCT",),
+        "gated_rms_norm": ("x", "gate"),
+    }
+    found: dict[str, Any] = {}
+    for name, run, inputs, options in (
+        ("mamba2_chunk_scan", mamba2_chunk_scan, scan_inputs, {"dt_softplus": True}),
+        ("causal_conv1d", causal_conv1d, conv_inputs, {"activation": "silu"}),
+        ("gated_rms_norm", gated_rms_norm, norm_inputs, {"eps": 1e-5}),
+    ):
+        found[name] = {}
+        for backend in ("triton", "reference"):
+            leaves = {n: v.detach().requires_grad_(n in trained[name]) for n, v in inputs.items()}
+
+            def forward(
+                leaves: Tensors = leaves, backend: str = backend, run: Any = run, options: Any = options
+            ) -> Any:
+                out = run(**leaves, backend=backend, **options)
+                return out[0] if isinstance(out, tuple) else out
+
+            upstream = torch.randn_like(forward())
+
+            def both(
+                forward: Any = forward, upstream: Any = upstream, leaves: Tensors = leaves, name: str = name
+            ) -> None:
+                torch.autograd.grad(forward(), [leaves[n] for n in trained[name]], upstream)
+
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            both()
+            memory = torch.cuda.max_memory_allocated() - before
+            entry = {
+                "forward_ms": do_bench(forward, rep=50, return_mode="median"),
+                "both_ms": do_bench(both, rep=100, return_mode="median"),
+                "memory_bytes": memory,
+            }
+            if backend == "triton":
+                with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+                    for _ in range(repeats):
+                        both()
+                    torch.cuda.synchronize()
+                entry["kernels_ms"] = {
+                    e.key: e.self_device_time_total / 1000 / repeats
+                    for e in sorted(profiled.key_averages(), key=lambda e: -e.self_device_time_total)[:16]
+                }
+            found[name][backend] = entry
+            print(name, backend, entry, flush=True)
+    return found
+
+
+def main() -> int:
+    """Run parity, then speed, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    results = parity()
+    ok = all(entry["ok"] for entry in results.values())
+    record = new_record("benchmark", config={"benchmark": "operations"}, status="done" if ok else "failed")
+    record |= {"parity": results, "timings": timings() if ok else None}
+    write_json(arguments.out, record)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Time of a training step by component: what runs inside a component's module, and the backward of what ran there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ssmtune.inventory import Inventory
+
+PREFIX = "component:"
+LOSS = "head and loss"
+REST = "rest"
+
+LABELS = {
+    "recurrent": "recurrent",
+    "core": "recurrent",
+    "conv": "recurrent",
+    "attention": "attention",
+    "mlp": "mlp",
+    "norm": "norms",
+}
+"""Group of a component -> label, the first that a module holds: a mixer with a norm inside is the mixer."""
+
+LOSS_OPERATIONS = ("aten::cross_entropy_loss", "aten::log_softmax", "aten::nll_loss_nd")
+
+
+def component_modules(model: nn.Module, inventory: Inventory) -> list[tuple[nn.Module, str]]:
+    """Return the modules that stand for components, each with its label.
+
+    A component is a layer's direct child that holds its tensors (mixer, MLP, norm), or a module outside the layers.
+    """
+    groups: dict[str, set[str]] = {}
+    for component in inventory.components:
+        owner = component.path.rpartition(".")[0]
+        parts = owner.split(".")
+        inside = next((i + 2 for i, part in enumerate(parts) if part.isdigit()), len(parts))
+        groups.setdefault(".".join(parts[:inside]), set()).add(component.group)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    named = [(model.get_submodule(name), _label(held)) for name, held in groups.items()]
+    return [*((module, label) for module, label in named if module is not head), (head, LOSS)]
+
+
+def _label(groups: set[str]) -> str:
+    return next((label for group, label in LABELS.items() if group in groups), REST)
+
+
+def component_shares(
+    step: Callable[[], object], modules: Sequence[tuple[nn.Module, str]], *, with_cuda: bool
+) -> dict[str, float]:
+    """Run `step` once under the profiler and return the share of its time by component, on the GPU where it runs there.
+
+    An operation counts for the component whose module it runs in. In the backward pass it counts for the component of
+    the forward operation that it belongs to, which autograd numbers alike.
+    """
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if with_cuda else [])]
+    handles = [handle for module, label in modules for handle in _mark(module, label)]
+    with profile(activities=activities) as profiled:
+        step()
+    for handle in handles:
+        handle.remove()
+    events: Any = profiled.events()
+    by_number: dict[int, str] = {}
+    for event in sorted(events, key=lambda e: e.time_range.start):
+        if (
+            event.device_type == DeviceType.CPU
+            and event.sequence_nr >= 0
+            and not event.name.startswith("autograd::engine")
+        ):
+            label = _component_of(event, {})
+            if label is not None and not _in_backward(event):
+                by_number[event.sequence_nr] = label
+    seconds: Counter[str] = Counter()
+    # On a GPU every operation knows the time of the kernels it launched; the kernels' own events would count twice.
+    for event in (e for e in events if e.device_type == DeviceType.CPU):
+        own = event.self_device_time_total if with_cuda else event.self_cpu_time_total
+        seconds[_component_of(event, by_number) or REST] += own
+    total = sum(seconds.values())
+    return {name: value / total for name, value in seconds.most_common()}
+
+
+def _mark(module: nn.Module, label: str) -> list[Any]:
+    """Make the profiler see when `module` runs; the handles take the mark off."""
+    ranges: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        ranges.append(record_function(PREFIX + label))
+        ranges[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        ranges.pop().__exit__(None, None, None)
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+
+def _component_of(event: Any, by_number: dict[int, str]) -> str | None:
+    """The label of the nearest enclosing mark, else of the forward operation that an enclosing backward belongs to."""
+    while event is not None:
+        if event.name.startswith(PREFIX):
+            return str(event.name.removeprefix(PREFIX))
+        if event.name in LOSS_OPERATIONS:
+            return LOSS
+        if event.name.startswith("autograd::engine") and event.sequence_nr in by_number:
+            return by_number[event.sequence_nr]
+        event = event.cpu_parent
+    return None
+
+
+def _in_backward(event: Any) -> bool:
+    while event is not None:
+        if event.name.startswith("autograd::engine"):
+            return True
+        event = event.cpu_parent
+    return False

@@ -1,0 +1,244 @@
+"""One side of a benchmark in a process of its own: python -m ssmtune.bench_side REQUEST.json
+
+The step is the same on both sides: forward, next-token loss on every token, backward, clipping, AdamW.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from ssmtune.bench import BenchConfig
+from ssmtune.bench_profile import component_modules, component_shares
+from ssmtune.config import decode
+from ssmtune.errors import ConfigError
+from ssmtune.inventory import Inventory, take_inventory
+from ssmtune.methods.base import get_method
+from ssmtune.models import load_config, load_model, model_location
+from ssmtune.placement import named_recipe
+from ssmtune.plan import Plan, make_plan
+from ssmtune.records import write_json
+from ssmtune.train import OptimizerConfig, peak_memory
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+PEER_METHODS = ("lora", "core")
+"""Methods that plain PEFT and a trained parameter can stand for."""
+
+WARM_UP_STEPS = 2
+"""Untimed steps after the first, in which allocators and caches settle."""
+
+
+def main(request_path: str) -> int:
+    """Answer one request. Returns the exit status."""
+    request = json.loads(Path(request_path).read_text(encoding="utf-8"))
+    config = decode(BenchConfig, request["config"], where="the benchmark's request")
+    write_json(request["answer"], measure(config, request["side"]))
+    return 0
+
+
+def measure(config: BenchConfig, side: str) -> dict[str, Any]:
+    """Run one side and return its figures: step times, first step, peak memory, loss, dead tensors, floor, components."""
+    torch.manual_seed(0)
+    model = _base_model(config)
+    inventory = take_inventory(model)
+    plan = make_plan(model, named_recipe(config.recipe, rank=config.rank, alpha=2.0 * config.rank))
+    tokens = _batch(config, model.config.vocab_size)
+    shape = {
+        "parameters": inventory.total,
+        "trainable": plan.trainable,
+        "tokens": list(tokens.shape),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+    }
+    floor_s = _floor_seconds(inventory, config, model.dtype) if side == "ssmtune" else None
+    # Found by the base model's names, before adapters change them.
+    modules = component_modules(model, inventory)
+    prepare = _prepare_ssmtune if side == "ssmtune" else _prepare_peer
+    trained, loss_of, operations = prepare(model, plan, config)
+    step = _make_step(trained, loss_of, tokens, config)
+    if config.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    first_loss, first_step_s = _timed(step, config.device)
+    for _ in range(WARM_UP_STEPS):
+        step()
+    step_s = [_timed(step, config.device)[1] for _ in range(config.num_steps)]
+    peak = peak_memory()
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    shares = component_shares(step, modules, with_cuda=config.device == "cuda")
+    return {
+        "step_s": step_s,
+        "first_step_s": first_step_s,
+        "first_loss": first_loss,
+        "peak_memory_bytes": peak,
+        "num_trained": len(trained),
+        "dead": sorted(name for name, p in trained.items() if torch.equal(before[name], p.detach())),
+        "floor_s": floor_s,
+        "components": shares,
+        "operations": operations,
+        "shape": shape,
+        "threads": torch.get_num_threads(),
+        # What else the machine was doing: processes that ran or waited, over the last minute.
+        "load": os.getloadavg()[0],
+        "device": torch.cuda.get_device_name()
+        if config.device == "cuda"
+        else f"cpu ({torch.get_num_threads()} threads)",
+    }
+
+
+def _base_model(config: BenchConfig) -> PreTrainedModel:
+    """The model on its device, fp32 on a CPU and the config's precision on a GPU; random weights for a bare config."""
+    from transformers import AutoModelForCausalLM
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device 'cuda': torch {torch.__version__} sees no GPU here. Use 'cpu'.")
+    if not model_location(config.model).endswith(".json"):
+        return load_model(
+            config.model, dtype="float32" if config.device == "cpu" else "auto", device=config.device
+        ).train()
+    model_config = load_config(config.model)
+    dtype = torch.float32 if config.device == "cpu" else model_config.dtype or torch.bfloat16
+    with torch.device(config.device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    return model.train()
+
+
+def _batch(config: BenchConfig, vocab_size: int) -> torch.Tensor:
+    """Random tokens [B, T], the same on both sides."""
+    generator = torch.Generator().manual_seed(1)
+    rows = config.tokens_per_step // config.row_length
+    return torch.randint(vocab_size, (rows, config.row_length), generator=generator).to(config.device)
+
+
+Prepared = tuple[dict[str, "nn.Parameter"], Callable[[torch.Tensor], torch.Tensor], str]
+
+
+def _prepare_ssmtune(model: PreTrainedModel, plan: Plan, config: BenchConfig) -> Prepared:
+    """Trained parameters, the loss of a batch, and what runs the operations: as `ssmtune train` does it."""
+    from ssmtune.attach import attach
+    from ssmtune.sft import head_on
+
+    adapted = attach(model, plan).train()
+    if config.recompute:
+        adapted.activation_checkpointing_enable({"use_reentrant": False})
+
+    def loss_of(tokens_BT: torch.Tensor) -> torch.Tensor:
+        rows, length = tokens_BT.shape
+        positions = torch.arange(rows * length, device=tokens_BT.device).view(rows, length)
+        position_ids = torch.arange(length, device=tokens_BT.device).expand(rows, -1)
+        with head_on(adapted, positions[:, :-1].flatten()):
+            logits = adapted(input_ids=tokens_BT, position_ids=position_ids, use_cache=False).logits
+        return F.cross_entropy(logits.float(), tokens_BT[:, 1:].flatten())
+
+    return adapted.trained_parameters(), loss_of, adapted.fast_block
+
+
+def _prepare_peer(model: PreTrainedModel, plan: Plan, config: BenchConfig) -> Prepared:
+    """The same sites through plain PEFT, the core's tensors trained in place, transformers' own operations and loss."""
+    from peft import LoraConfig, get_peft_model
+
+    others = sorted({site.method for site in plan.sites} - set(PEER_METHODS))
+    if others:
+        raise ConfigError(
+            f"recipe {plan.recipe!r}: plain PEFT has no {', '.join(others)}, so there is no peer. Use --no-peer."
+        )
+    linears = [site.path.removesuffix(".weight") for site in plan.sites if get_method(site.method).in_module]
+    if linears:
+        settings = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, lora_dropout=0.0, target_modules=linears)
+        wrapped = get_peft_model(model, settings)
+    else:
+        wrapped = model.requires_grad_(False)
+    for site in plan.sites:
+        if not get_method(site.method).in_module:
+            model.get_parameter(site.path).requires_grad_(True)
+    if config.recompute:
+        model.enable_input_require_grads()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    wrapped.train()
+
+    def loss_of(tokens_BT: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = wrapped(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
+        return loss
+
+    return {name: p for name, p in wrapped.named_parameters() if p.requires_grad}, loss_of, "transformers"
+
+
+def _make_step(
+    trained: dict[str, nn.Parameter],
+    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    tokens: torch.Tensor,
+    config: BenchConfig,
+) -> Callable[[], float]:
+    """Return one full training step; it returns the loss before the update."""
+    settings = OptimizerConfig()
+    parameters = list(trained.values())
+    cuda = config.device == "cuda"
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=cuda)
+
+    def step() -> float:
+        # As trainers do it: PEFT's fp32 factors would otherwise meet bf16 activations.
+        with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
+            loss = loss_of(tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.profiler.record_function("component:optimiser"):
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def _timed(step: Callable[[], float], device: str) -> tuple[float, float]:
+    """Run a step; its loss and its seconds, with the device's queue empty before and after."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    loss = step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return loss, time.perf_counter() - started
+
+
+def _floor_seconds(inventory: Inventory, config: BenchConfig, dtype: torch.dtype) -> float | None:
+    """Seconds a step of the frozen matrix products, x W^T and dy W, each shape timed alone; None with packed experts."""
+    matrices: Counter[tuple[int, ...]] = Counter(
+        c.shape for c in inventory.components if len(c.shape) == 2 and c.role != "embed.tokens"
+    )
+    if any(len(c.shape) == 3 and c.group == "mlp" for c in inventory.components):
+        return None
+    if not any(c.role == "embed.head" for c in inventory.components):
+        matrices.update(c.shape for c in inventory.components if c.role == "embed.tokens")
+    total = 0.0
+    for shape, count in matrices.items():
+        num_out, num_in = shape
+        x = torch.randn(config.tokens_per_step, num_in, device=config.device, dtype=dtype)
+        dy = torch.randn(config.tokens_per_step, num_out, device=config.device, dtype=dtype)
+        weight = torch.randn(num_out, num_in, device=config.device, dtype=dtype)
+
+        def both(x: torch.Tensor = x, dy: torch.Tensor = dy, weight: torch.Tensor = weight) -> float:
+            torch.mm(x, weight.t())
+            torch.mm(dy, weight)
+            return 0.0
+
+        both()
+        total += count * statistics.median(_timed(both, config.device)[1] for _ in range(5))
+    return total
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

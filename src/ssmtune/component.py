@@ -1,0 +1,32 @@
+"""Component: a tensor of a model, or some of its rows, with a role; the vocabulary of families, methods and plans."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Group = Literal["attention", "recurrent", "mlp", "core", "conv", "norm", "embedding", "state", "other"]
+Access = Literal["module", "parameter"]
+
+GROUPS: tuple[Group, ...] = ("attention", "recurrent", "mlp", "core", "conv", "norm", "embedding")
+"""Groups that a recipe can select; "state" is what can be added to a recurrence and is no tensor of the model,
+"other" what no method adapts (an image tower)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """A tensor, or some rows of one, with a role. `rows` holds [first, end) ranges; None is the whole tensor."""
+
+    role: str
+    group: Group
+    layer: int | None
+    path: str
+    shape: tuple[int, ...]
+    access: Access
+    rows: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def num_params(self) -> int:
+        """Number of elements of the component."""
+        return math.prod(self.shape)

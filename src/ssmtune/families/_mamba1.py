@@ -1,0 +1,142 @@
+"""What the Mamba-1 architectures share: rows and claims of a mixer, and the functions under its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ssmtune.families._convolution import convolution_operations
+from ssmtune.families._transformer import linear
+from ssmtune.families.base import Claim
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ssmtune.ops.seam import Call
+
+Rows = Callable[[Any], tuple[tuple[str, int], ...]]
+
+
+def in_proj_rows(inner: int) -> tuple[tuple[str, int], ...]:
+    """Rows of `in_proj` in order: input x, then its gate z."""
+    return (("ssm.in.x", inner), ("ssm.in.z", inner))
+
+
+def x_proj_rows(dt_rank: int, state_size: int) -> tuple[tuple[str, int], ...]:
+    """Rows of `x_proj` in order: the low-rank step size dt, then B and C."""
+    return (("ssm.x_proj.dt", dt_rank), ("ssm.x_proj.B", state_size), ("ssm.x_proj.C", state_size))
+
+
+def scan_claims(mixer: str, *, in_rows: Rows) -> tuple[Claim, ...]:
+    """Claims of what every Mamba-1 mixer owns under the same name; `mixer` is its name with a dot at the end."""
+    return (
+        Claim(path=mixer + "in_proj.weight", role="ssm.in", group="recurrent", rows=in_rows),
+        Claim(path=mixer + "in_proj.bias", role="ssm.in.bias", group="recurrent", rows=in_rows),
+        *linear(mixer + "out_proj", "ssm.out", "recurrent"),
+        Claim(path=mixer + "conv1d.weight", role="ssm.conv", group="conv", access="parameter"),
+        Claim(path=mixer + "conv1d.bias", role="ssm.conv.bias", group="conv", access="parameter"),
+        Claim(path=mixer + "A_log", role="ssm.A_log", group="core", access="parameter"),
+        Claim(path=mixer + "D", role="ssm.D", group="core", access="parameter"),
+    )
+
+
+def mixer_claims(mixer: str, *, in_rows: Rows, x_rows: Rows) -> tuple[Claim, ...]:
+    """Claims of a mixer whose x_proj and dt_proj are linears; the forward multiplies by dt_proj's weight itself."""
+    return (
+        *scan_claims(mixer, in_rows=in_rows),
+        Claim(path=mixer + "x_proj.weight", role="ssm.x_proj", group="recurrent", rows=x_rows),
+        Claim(path=mixer + "dt_proj.weight", role="ssm.dt_proj", group="recurrent", access="parameter"),
+        Claim(path=mixer + "dt_proj.bias", role="ssm.dt_bias", group="core", access="parameter"),
+    )
+
+
+def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]]:
+    """Our functions under the names that a Mamba-1 mixer's forward calls, with the argument conventions of that forward."""
+    from ssmtune.ops.documents import scan_from_state
+    from ssmtune.ops.mamba1_selective_scan import mamba1_selective_scan, mamba1_state_update
+
+    layer: Any = module.layer_idx
+
+    def scan(x: Any, dt: Any, A: Any, B: Any, C: Any, *, return_last_state: bool, **extra: Any) -> Any:
+        def run(x: Any, dt: Any, B: Any, C: Any, z: Any, state: Any, seq_idx: Any, mask: Any) -> Any:
+            y, final = mamba1_selective_scan(
+                x.transpose(1, 2),
+                dt.transpose(1, 2),
+                A,
+                B.transpose(1, 2),
+                C.transpose(1, 2),
+                D_D=extra["D"],
+                z_BDT=z.transpose(1, 2),
+                dt_bias_D=extra["delta_bias"],
+                dt_softplus=extra["delta_softplus"],
+                initial_state_BDN=state,
+                seq_idx=seq_idx,
+                padding_mask=None if mask is None else mask[:, -x.shape[1] :],
+            )
+            return y.transpose(1, 2), final
+
+        z = extra["z"]
+        inputs = tuple(tensor.transpose(1, 2) for tensor in (x, dt, B, C, z))
+        y, final = scan_from_state(call, _entering_state(call, layer, A), run, inputs)
+        y = _with_offsets(call, y, C.transpose(1, 2), z.transpose(1, 2)).contiguous()
+        y = y.transpose(1, 2)  # out_proj's input is the transpose of this
+        return (y, final) if return_last_state else y
+
+    def step(
+        state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, *, z: Any, dt_bias: Any, dt_softplus: bool
+    ) -> Any:
+        y = mamba1_state_update(state, x, dt, A, B, C, D_D=D, z_BD=z, dt_bias_D=dt_bias, dt_softplus=dt_softplus)
+        return _with_offsets(call, y, C, z)
+
+    return {
+        **convolution_operations(module, call),
+        "mamba_selective_scan": scan,
+        "mamba_selective_state_update": step,
+        "apply_mask_to_padding_states": _unmasked,
+    }
+
+
+def states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of what can be added to the recurrence: D inner channels, N states."""
+    mixer: Any = module
+    channels, size = mixer.intermediate_size, mixer.ssm_state_size
+    return {"initial_state": (channels, size), "state_offset": (channels, size), "output_offset": (channels,)}
+
+
+def _with_offsets(call: Call, y_D: Any, C_N: Any, z_D: Any) -> Any:
+    """`y_D` [..., D], gated already, with silu(z) (y' + h' C) added in fp32; C [..., N]."""
+    h_DN, offset_D = call.state("state_offset"), call.state("output_offset")
+    if h_DN is None and offset_D is None:
+        return y_D
+    import torch
+    import torch.nn.functional as F
+
+    added = torch.zeros_like(y_D, dtype=torch.float32)
+    if h_DN is not None:
+        added = added + C_N.float() @ h_DN.T
+    if offset_D is not None:
+        added = added + offset_D
+    return (y_D.float() + F.silu(z_D.float()) * added).to(y_D.dtype)
+
+
+def _unmasked(hidden_states: Any, _: Any) -> Any:
+    """The input of a projection as it is: the convolution and the scan leave padding out themselves.
+
+    Contiguous, since PyTorch sums a product with a strided input in an order that depends on what requires gradients.
+    """
+    return hidden_states.contiguous()
+
+
+def _entering_state(call: Call, layer: int, A_DN: torch.Tensor) -> torch.Tensor | None:
+    """The cached state [B, D, N] of the channels that `A_DN` belongs to, None at the start of a sequence.
+
+    The forward gives it to single steps only: without it a longer continuation would start from zero.
+    """
+    state = None if call.cache is None else call.cache.get_recurrent_state(layer)
+    if state is None:
+        return None
+    # Zamba scans head by head: its A is then a view of the mixer's whole A, and where it begins says which channels.
+    num_channels, state_size = A_DN.shape
+    first = A_DN.storage_offset() // state_size
+    return state.flatten(1, -2)[:, first : first + num_channels]  # type: ignore[no-any-return]

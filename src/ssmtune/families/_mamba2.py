@@ -1,0 +1,174 @@
+"""What families of Mamba-2 layers share: the operations, the claims with their rows, and packing beside attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ssmtune.families._convolution import convolution_operations
+from ssmtune.families._transformer import linear, packed_mask
+from ssmtune.families.base import Claim
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ssmtune.ops.seam import Call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Widths of a mixer: inner channels, states of B (and of C) over all groups, heads."""
+
+    inner: int
+    states: int
+    heads: int
+
+
+def mixer_claims(mixer: str, sizes: Callable[[Any], Sizes]) -> tuple[Claim, ...]:
+    """Claims of the mixer whose name is `mixer`; `sizes(config)` gives its widths."""
+
+    def in_rows(config: Any) -> tuple[tuple[str, int], ...]:
+        """Rows of `in_proj` in order: gate z, input x, B, C, step size dt."""
+        size = sizes(config)
+        return (
+            ("ssm.in.z", size.inner),
+            ("ssm.in.x", size.inner),
+            ("ssm.in.B", size.states),
+            ("ssm.in.C", size.states),
+            ("ssm.in.dt", size.heads),
+        )
+
+    def conv_rows(config: Any) -> tuple[tuple[str, int], ...]:
+        """Channels of the depthwise convolution: those of x, B and C."""
+        size = sizes(config)
+        return (("ssm.conv.x", size.inner), ("ssm.conv.B", size.states), ("ssm.conv.C", size.states))
+
+    return (
+        Claim(path=f"{mixer}.in_proj.weight", role="ssm.in", group="recurrent", rows=in_rows),
+        Claim(path=f"{mixer}.in_proj.bias", role="ssm.in.bias", group="recurrent", rows=in_rows),
+        *linear(f"{mixer}.out_proj", "ssm.out", "recurrent"),
+        Claim(path=f"{mixer}.conv1d.weight", role="ssm.conv", group="conv", access="parameter", rows=conv_rows),
+        Claim(path=f"{mixer}.conv1d.bias", role="ssm.conv.bias", group="conv", access="parameter", rows=conv_rows),
+        *(
+            Claim(path=f"{mixer}.{name}", role=f"ssm.{name}", group="core", access="parameter")
+            for name in ("A_log", "D", "dt_bias")
+        ),
+        Claim(path=f"{mixer}.norm.weight", role="ssm.norm", group="norm"),
+    )
+
+
+def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]]:
+    """Our functions under the names that a mixer's forward calls, with the argument conventions of that forward."""
+    import torch.nn.functional as F
+
+    from ssmtune.ops.documents import scan_from_state
+    from ssmtune.ops.mamba2_chunk_scan import mamba2_chunk_scan
+    from ssmtune.ops.selective_state_update import selective_state_update
+
+    limit: Any = module.time_step_limit
+    dt_limit = (0.0, math.inf) if limit is None else tuple(limit)
+
+    def scan(x: Any, dt: Any, A: Any, B: Any, C: Any, *, return_final_states: bool, **extra: Any) -> Any:
+        def run(x: Any, dt: Any, B: Any, C: Any, state: Any, seq_idx: Any, padding_mask: Any) -> Any:
+            return mamba2_chunk_scan(
+                x,
+                dt,
+                A,
+                B,
+                C,
+                D_H=extra["D"],
+                dt_bias_H=extra["dt_bias"],
+                initial_states_BHPN=state,
+                dt_softplus=extra["dt_softplus"],
+                dt_limit=dt_limit,
+                seq_idx=seq_idx,
+                padding_mask=padding_mask,
+            )
+
+        y, final = scan_from_state(call, extra["initial_states"], run, (x, dt, B, C))
+        y = _with_offsets(call, y, C).contiguous()  # Falcon-H1 takes a view of it.
+        return (y, final) if return_final_states else y
+
+    def step(
+        state: Any,
+        x: Any,
+        dt: Any,
+        A: Any,
+        B: Any,
+        C: Any,
+        D: Any,
+        *,
+        z: Any,
+        dt_bias: Any,
+        dt_softplus: bool,
+        **_: Any,
+    ) -> Any:
+        # The forward expands per-head values over the head width and state; each copy is the same, so one is taken.
+        # It also forgets the limit on dt here, so that decoding would differ from prefill; it is given again.
+        y = selective_state_update(
+            state,
+            x,
+            dt[:, :, 0],
+            A[:, 0, 0],
+            B,
+            C,
+            D_H=D[:, 0],
+            dt_bias_H=dt_bias[:, 0],
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+        )
+        y = _with_offsets(call, y, C)
+        # Falcon-H1 without its norm leaves the gate to this operation.
+        return y if z is None else y * F.silu(z)
+
+    return {
+        **convolution_operations(module, call),
+        "mamba2_chunk_scan": scan,
+        "mamba2_selective_state_update": step,
+        # The fused operation would swallow out_proj and the gated norm; None makes the forward take its other branch.
+        "mamba2_split_conv1d_scan_combined": _declined,
+    }
+
+
+def states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of what can be added to the recurrence: H heads of width P, N states."""
+    mixer: Any = module
+    heads, width, size = mixer.num_heads, mixer.head_dim, mixer.ssm_state_size
+    return {
+        "initial_state": (heads, width, size),
+        "state_offset": (heads, width, size),
+        "output_offset": (heads, width),
+    }
+
+
+def _with_offsets(call: Call, y_HP: Any, C_GN: Any) -> Any:
+    """`y_HP` [..., H, P] with y' and C h' added in fp32; C [..., G, N] is shared by the heads of a group."""
+    import torch
+
+    h_HPN, y_offset_HP = call.state("state_offset"), call.state("output_offset")
+    if h_HPN is None and y_offset_HP is None:
+        return y_HP
+    total = y_HP.float()
+    if h_HPN is not None:
+        groups = C_GN.shape[-2]
+        h_GRPN = h_HPN.view(groups, -1, *h_HPN.shape[1:])
+        total = total + torch.einsum("...gn,grpn->...grp", C_GN.float(), h_GRPN).flatten(-3, -2)
+    if y_offset_HP is not None:
+        total = total + y_offset_HP
+    return total.to(y_HP.dtype)
+
+
+def _declined(*_: Any, **__: Any) -> None:
+    return None
+
+
+def prepare_packed(backbone: nn.Module, position_ids: torch.Tensor, seq_idx: torch.Tensor) -> Mapping[str, Any]:
+    """Keep documents apart in attention by a mask, in the mixers by `seq_idx`, which the layers hand on to them.
+
+    The mask is built here, since some backbones do not give `position_ids` to theirs, and none does beside a cache.
+    """
+    masks = {"full_attention": packed_mask(backbone, position_ids), "linear_attention": None}
+    return {"attention_mask": masks, "seq_idx": seq_idx}

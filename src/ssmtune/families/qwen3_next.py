@@ -1,0 +1,79 @@
+"""Qwen3-Next (`qwen3_next`): Gated DeltaNet or gated attention in each layer, then experts beside a shared one, or an MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ssmtune.families._gated_delta import deltanet_operations, deltanet_states, prepare_packed
+from ssmtune.families._qwen3 import HANDLED_CONFIG, claims, part_rows, tiny
+from ssmtune.families.base import Family
+
+
+def _interleaved(*parts: str) -> Any:
+    """Rows of `parts` one after the other for the first key head, then for the next, and so on."""
+
+    def rows(config: Any) -> tuple[tuple[str, int], ...]:
+        num_heads: int = config.linear_num_key_heads
+        head = tuple((f"gdn.in.{part}", part_rows(config)[part] // num_heads) for part in parts)
+        return head * num_heads
+
+    return rows
+
+
+def _tiny_configs() -> Mapping[str, Any]:
+    from transformers import Qwen3NextConfig
+
+    make = tiny(
+        Qwen3NextConfig,
+        intermediate_size=40,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=20,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    return {
+        "moe": make(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]),
+        "mixed-mlp": make(
+            num_hidden_layers=2,
+            layer_types=["linear_attention", "full_attention"],
+            mlp_only_layers=[0],
+            decoder_sparse_step=2,
+            norm_topk_prob=False,
+            tie_word_embeddings=True,
+            attention_bias=True,
+        ),
+        "odd": make(
+            num_hidden_layers=2,
+            layer_types=["full_attention", "linear_attention"],
+            hidden_size=24,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            linear_num_key_heads=3,
+            linear_num_value_heads=3,
+            linear_key_head_dim=5,
+            linear_value_head_dim=7,
+            linear_conv_kernel_dim=3,
+            num_experts=0,
+        ),
+    }
+
+
+FAMILY = Family(
+    model_types=("qwen3_next",),
+    topology="sequential",
+    backbone="model",
+    recurrent_classes=("Qwen3NextGatedDeltaNet",),
+    operations=deltanet_operations,
+    states=deltanet_states,
+    prepare_packed=prepare_packed,
+    tiny_configs=_tiny_configs,
+    claims=claims(
+        "model",
+        {
+            "in_proj_qkvz": ("gdn.in", _interleaved("q", "k", "v", "z")),
+            "in_proj_ba": ("gdn.in.ba", _interleaved("b", "a")),
+        },
+    ),
+    handled_config=HANDLED_CONFIG,
+)

@@ -1,0 +1,60 @@
+"""Run a scan from a trained initial state, in every document of a packed row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ssmtune.ops.seam import Call
+
+Scan = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def scan_from_state(
+    call: Call, entering: torch.Tensor | None, scan: Scan, inputs: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `scan(*inputs, state, seq_idx, padding_mask)` with the trained initial state wherever a document begins.
+
+    `inputs` are [B, T, ...], the scan's output as well. `entering` is the state that a cache handed on; a continued
+    sequence keeps it. A scan resets its state to zero between documents, so packed documents become rows of their own.
+    """
+    initial = call.state("initial_state")
+    if entering is not None or initial is None:
+        return scan(*inputs, entering, call.seq_idx, call.padding_mask)
+    if call.seq_idx is None:
+        batch = inputs[0].shape[0]
+        return scan(*inputs, initial.expand(batch, *initial.shape), None, call.padding_mask)
+    documents = DocumentRows(call.seq_idx)
+    rows = [documents.split(x) for x in inputs]
+    output, final = scan(*rows, initial.expand(rows[0].shape[0], *initial.shape), None, documents.mask)
+    return documents.join(output), final[documents.last]
+
+
+class DocumentRows:
+    """The documents of packed rows as rows of their own, padded on the right to the longest.
+
+    `mask` [R, L] is 1 on tokens; `last` [B] is the row of each packed row's last document.
+    """
+
+    def __init__(self, seq_idx: torch.Tensor) -> None:
+        batch, num_steps = seq_idx.shape
+        starts = torch.diff(seq_idx, prepend=seq_idx[:, :1] - 1, dim=1) != 0
+        number = starts.flatten().cumsum(0) - 1
+        first = starts.flatten().nonzero().squeeze(1)
+        lengths = torch.diff(first, append=first.new_tensor([batch * num_steps]))
+        steps = torch.arange(int(lengths.max()), device=seq_idx.device)
+        self.mask = (steps < lengths[:, None]).to(torch.long)
+        # Beyond a document's end any token will do: the mask keeps it out of the state, and `join` drops its output.
+        self._taken = (first[:, None] + steps).clamp(max=batch * num_steps - 1)
+        self._back = number * len(steps) + torch.arange(batch * num_steps, device=seq_idx.device) - first[number]
+        self.last = number.view(batch, num_steps)[:, -1]
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [B, T, ...] as [R, L, ...]."""
+        return x.flatten(0, 1)[self._taken]
+
+    def join(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return [R, L, ...] as [B, T, ...]."""
+        joined = rows.flatten(0, 1)[self._back]
+        return joined.view(self.last.shape[0], -1, *joined.shape[1:])

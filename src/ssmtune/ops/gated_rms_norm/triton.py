@@ -1,0 +1,65 @@
+"""Gated root-mean-square normalisation on NVIDIA GPUs: one read of the inputs forward, one more backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch.autograd.function import once_differentiable
+
+from ssmtune.ops.gated_rms_norm.kernels import backward_kernel, forward_kernel
+
+MAX_PROGRAMS = 1056
+"""Programs of the backward pass, which keep the weight's gradient while they walk over rows: 8 for each of 132
+multiprocessors; more would only write more partial sums."""
+
+
+def gated_rms_norm(
+    x: torch.Tensor, weight_D: torch.Tensor, gate: torch.Tensor | None = None, *, eps: float, group_size: int
+) -> torch.Tensor:
+    """The reference's function with the reference's arguments; fp32 and bf16."""
+    y: torch.Tensor = _Norm.apply(x, weight_D, gate, eps, group_size)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, gate: Any, eps: float, size: int) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, gate)
+        ctx.eps, ctx.size = eps, size
+        rows, gates = _as_rows(x), None if gate is None else _as_rows(gate)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        num_rows, width = rows.shape
+        forward_kernel[(num_rows, width // size)](
+            rows, gates, weight, y, num_rows, size, rows.stride(0), 0 if gates is None else gates.stride(0), width,
+            eps, HAS_GATE=gate is not None, **_block(size),
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        x, weight, gate = ctx.saved_tensors
+        rows, gates, upstream = _as_rows(x), None if gate is None else _as_rows(gate), _as_rows(dy)
+        num_rows, width = rows.shape
+        programs, trains = min(num_rows, MAX_PROGRAMS), ctx.needs_input_grad[1]
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
+        dweight = torch.empty(programs if trains else 0, width, dtype=torch.float32, device=x.device)
+        backward_kernel[(programs, width // ctx.size)](
+            rows, gates, weight, upstream, dx, dgate, dweight, num_rows, -(-num_rows // programs), ctx.size,
+            rows.stride(0), 0 if gates is None else gates.stride(0), upstream.stride(0), width, ctx.eps,
+            HAS_GATE=gate is not None, TRAINS=trains, **_block(ctx.size),
+        )  # fmt: skip
+        return dx, dweight.sum(0).to(weight.dtype) if trains else None, dgate, None, None
+
+
+def _as_rows(t: torch.Tensor) -> torch.Tensor:
+    """[rows, D] with a contiguous last dimension; a view where the strides allow it (a slice of a projection's output)."""
+    return (t if t.stride(-1) == 1 else t.contiguous()).flatten(0, -2)
+
+
+def _block(size: int) -> dict[str, int]:
+    block = int(triton.next_power_of_2(size))
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}

@@ -1,0 +1,237 @@
+"""Triton kernels of the Mamba-2 scan's backward pass; shapes and names as in `forward_kernels`.
+
+Write a_l for the running log decay of a chunk, E for the state that enters it, G for the gradient of the state that
+leaves it.  The gradient of one step's log decay is collected from all pairs (earlier input, later output) that it lies
+between, and never as a difference of two sums that include pairs outside: those would cancel only in exact arithmetic.
+"""
+
+import triton
+import triton.language as tl
+
+from ssmtune.ops.mamba2_chunk_scan.forward_kernels import (
+    documents,
+    edge_weights,
+    load_block,
+    log1p_exp,
+    multiply,
+    pair_weights,
+    raw_steps,
+)
+
+
+@triton.jit(do_not_specialize=["num_steps", "num_chunks"])
+def pass_back_kernel(grads_ptr, states_ptr, final_grad_ptr, initial_grad_ptr, through_ptr, decay_ptr, seq_ptr,
+                     num_steps, num_chunks, num_heads, size, HAS_FINAL: tl.constexpr, HAS_SEQ: tl.constexpr,
+                     L: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Turn the gradient of what enters each chunk, as its outputs see it, into G of that chunk, in place.
+
+    `through` [B, H, blocks, c]: the gradient of the chunk's whole log decay due to what passes through it.
+    Grid (blocks of P * N, batch * heads).
+    """
+    line, batch = tl.program_id(1).to(tl.int64), tl.program_id(1) // num_heads
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    grad = tl.zeros([BLOCK], tl.float32)
+    if HAS_FINAL:
+        grad = tl.load(final_grad_ptr + line * size + at, mask=inside, other=0.0).to(tl.float32)
+    for back in tl.range(num_chunks, num_stages=STAGES):
+        chunk = num_chunks - 1 - back
+        cell = (line * num_chunks + chunk) * size + at
+        own = tl.load(grads_ptr + cell, mask=inside, other=0.0)
+        entering = tl.load(states_ptr + cell, mask=inside, other=0.0)
+        tl.store(grads_ptr + cell, grad, mask=inside)
+        keep = tl.exp(tl.load(decay_ptr + (line * num_chunks + chunk) * L + L - 1))
+        if HAS_SEQ:
+            last = tl.load(seq_ptr + batch.to(tl.int64) * num_steps + tl.minimum(chunk * L + L - 1, num_steps - 1))
+            before = tl.load(seq_ptr + batch.to(tl.int64) * num_steps + tl.maximum(chunk * L - 1, 0))
+            keep = tl.where(last == before, keep, 0.0)
+        through = (line * tl.num_programs(0) + tl.program_id(0)) * num_chunks + chunk
+        tl.store(through_ptr + through, tl.sum(grad * entering) * keep)
+        grad = own + grad * keep
+    tl.store(initial_grad_ptr + line * size + at, grad, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_steps"])
+def inputs_kernel(x_ptr, dy_ptr, B_ptr, D_ptr, scores_ptr, grads_ptr, step_ptr, decay_ptr, seq_ptr, dx_ptr, direct_ptr,
+                  dD_ptr, num_steps, num_heads, per_group, P, N, x_b, x_t, x_h, dy_b, dy_t, dy_h, B_b, B_t, B_g,
+                  HAS_D: tl.constexpr, HAS_SEQ: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr,
+                  BLOCK_N: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Write dx, the part of ddt that comes through dt x (`direct` [B, H, T']), and dD by chunk [B, H, c].
+
+    Grid (chunks, batch * heads).
+    """
+    chunk, batch, head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    num_chunks, group = tl.num_programs(0), head // per_group
+    i, p = tl.arange(0, L), tl.arange(0, BLOCK_P)
+    t = chunk * L + i
+    line = tl.program_id(1).to(tl.int64) * num_chunks * L + chunk * L
+    B_ptr += batch.to(tl.int64) * B_b + group * B_g
+    grads_ptr += (tl.program_id(1).to(tl.int64) * num_chunks + chunk) * P * N
+    acc = tl.zeros([L, BLOCK_P], tl.float32)
+    for first in range(0, N, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        b = load_block(B_ptr, t, n, num_steps, N, B_t, 1)
+        grad = load_block(grads_ptr, p, n, P, N, N, 1)
+        acc += multiply(b, tl.trans(grad), EXACT)
+    # The state's weight without dt: dt x is the input here.
+    decay = tl.load(decay_ptr + line + i)
+    to_end = tl.exp(tl.load(decay_ptr + line + L - 1) - decay)
+    if HAS_SEQ:
+        own, last, _ = documents(seq_ptr, batch, chunk, num_steps, L)
+        to_end = tl.where(own == last, to_end, 0.0)
+    acc *= to_end[:, None]
+    scores_ptr += ((batch * num_chunks + chunk) * (num_heads // per_group) + group).to(tl.int64) * L * L
+    weight = pair_weights(decay_ptr + line, seq_ptr, batch, chunk, num_steps, HAS_SEQ, L)
+    weight *= tl.load(scores_ptr + i[:, None] * L + i[None, :])
+    dy = load_block(dy_ptr + batch.to(tl.int64) * dy_b + head * dy_h, t, p, num_steps, P, dy_t, 1)
+    acc += multiply(tl.trans(weight), dy, EXACT)
+    x = load_block(x_ptr + batch.to(tl.int64) * x_b + head * x_h, t, p, num_steps, P, x_t, 1).to(tl.float32)
+    tl.store(direct_ptr + line + i, tl.sum(acc * x, axis=1))
+    dx = acc * tl.load(step_ptr + line + i)[:, None]
+    if HAS_D:
+        dx += tl.load(D_ptr + head).to(tl.float32) * dy.to(tl.float32)
+        tl.store(dD_ptr + tl.program_id(1) * num_chunks + chunk, tl.sum(dy.to(tl.float32) * x))
+    where = ((batch.to(tl.int64) * num_steps + t[:, None]) * num_heads + head) * P + p[None, :]
+    tl.store(dx_ptr + where, dx, mask=(t[:, None] < num_steps) & (p[None, :] < P))
+
+
+@triton.jit(do_not_specialize=["num_steps"])
+def scores_back_kernel(x_ptr, dy_ptr, scores_ptr, step_ptr, decay_ptr, seq_ptr, out_ptr, between_ptr, num_steps,
+                       num_heads, per_group, P, x_b, x_t, x_h, dy_b, dy_t, dy_h, SPLITS: tl.constexpr,
+                       HAS_SEQ: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Write the gradient of the scores, summed over a share of the group's heads, [splits, B, c, G, L, L]; and
+
+    `between` [B, H, T']: for each step, the pairs in which it is the output minus those in which it is the input.
+    Grid (chunks, batch * groups, splits).
+    """
+    num_groups = num_heads // per_group
+    chunk, batch, group = tl.program_id(0), tl.program_id(1) // num_groups, tl.program_id(1) % num_groups
+    num_chunks, split = tl.num_programs(0), tl.program_id(2)
+    i, p = tl.arange(0, L), tl.arange(0, BLOCK_P)
+    t = chunk * L + i
+    cell = ((batch * num_chunks + chunk) * num_groups + group).to(tl.int64) * L * L
+    square = i[:, None] * L + i[None, :]
+    scores = tl.load(scores_ptr + cell + square)
+    acc = tl.zeros([L, L], tl.float32)
+    for member in range(split, per_group, SPLITS):
+        head = group * per_group + member
+        line = (batch * num_heads + head).to(tl.int64) * num_chunks * L + chunk * L
+        x = load_block(x_ptr + batch.to(tl.int64) * x_b + head * x_h, t, p, num_steps, P, x_t, 1)
+        dy = load_block(dy_ptr + batch.to(tl.int64) * dy_b + head * dy_h, t, p, num_steps, P, dy_t, 1)
+        if EXACT:
+            product = multiply(dy, tl.trans(x), EXACT)
+        else:
+            product = tl.dot(dy, tl.trans(x))
+        product *= pair_weights(decay_ptr + line, seq_ptr, batch, chunk, num_steps, HAS_SEQ, L)
+        product *= tl.load(step_ptr + line + i)[None, :]
+        acc += product
+        product *= scores
+        tl.store(between_ptr + line + i, tl.sum(product, axis=1) - tl.sum(product, axis=0))
+    split_size = tl.num_programs(1).to(tl.int64) * num_chunks * L * L
+    tl.store(out_ptr + split * split_size + cell + square, acc)
+
+
+@triton.jit(do_not_specialize=["num_steps"])
+def through_states_kernel(rows_ptr, states_ptr, cols_ptr, step_ptr, decay_ptr, seq_ptr, out_ptr, along_ptr, num_steps,
+                          num_heads, per_group, P, N, rows_b, rows_t, rows_h, cols_b, cols_t, cols_g,
+                          SPLITS: tl.constexpr, AT_END: tl.constexpr, HAS_SEQ: tl.constexpr, L: tl.constexpr,
+                          BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Write sum over heads of weight_l rows_l state, [splits, B, T', G, N], and its product with cols, `along`.
+
+    With dy, E and C at the start: the part of dC through the states, and each output's share of the decay before it.
+    With x, G and B at the end: the same for dB, and each input's share of the decay after it.
+    `along` is [blocks of N, B, H, T']. Grid (chunks, batch * groups, splits * blocks of N).
+    """
+    num_groups = num_heads // per_group
+    chunk, batch, group = tl.program_id(0), tl.program_id(1) // num_groups, tl.program_id(1) % num_groups
+    num_chunks, split, block = tl.num_programs(0), tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
+    i, p, n = tl.arange(0, L), tl.arange(0, BLOCK_P), block * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = chunk * L + i
+    length = num_chunks * L
+    along_ptr += (block * tl.num_programs(1) * per_group).to(tl.int64) * length
+    cols = load_block(cols_ptr + batch.to(tl.int64) * cols_b + group * cols_g, t, n, num_steps, N, cols_t, 1)
+    acc = tl.zeros([L, BLOCK_N], tl.float32)
+    for member in range(split, per_group, SPLITS):
+        head = group * per_group + member
+        line = (batch * num_heads + head).to(tl.int64) * length + chunk * L
+        rows = load_block(rows_ptr + batch.to(tl.int64) * rows_b + head * rows_h, t, p, num_steps, P, rows_t, 1)
+        cell = ((batch * num_heads + head).to(tl.int64) * num_chunks + chunk) * P * N
+        state = load_block(states_ptr + cell, p, n, P, N, N, 1)
+        part = multiply(rows, state, EXACT)
+        part *= edge_weights(step_ptr + line, decay_ptr + line, seq_ptr, batch, chunk, num_steps, AT_END, HAS_SEQ, L)[
+            :, None
+        ]
+        acc += part
+        tl.store(along_ptr + line + i, tl.sum(part * cols.to(tl.float32), axis=1))
+    where = (((split * (tl.num_programs(1) // num_groups) + batch).to(tl.int64) * length + t[:, None]) * num_groups
+             + group) * N + n[None, :]  # fmt: skip
+    tl.store(out_ptr + where, acc, mask=(n < N)[None, :] & (t >= 0)[:, None])
+
+
+@triton.jit(do_not_specialize=["num_steps"])
+def readouts_kernel(scores_grad_ptr, through_B_ptr, through_C_ptr, B_ptr, C_ptr, dB_ptr, dC_ptr, num_steps,
+                    num_groups, N, B_b, B_t, B_g, C_b, C_t, C_g, SPLITS: tl.constexpr, L: tl.constexpr,
+                    BLOCK_N: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Write dB and dC: what came through the states plus what came through the scores.
+
+    Grid (chunks, batch * groups, blocks of N).
+    """
+    chunk, batch, group = tl.program_id(0), tl.program_id(1) // num_groups, tl.program_id(1) % num_groups
+    num_chunks = tl.num_programs(0)
+    i, n = tl.arange(0, L), tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = chunk * L + i
+    cell = ((batch * num_chunks + chunk) * num_groups + group).to(tl.int64) * L * L + i[:, None] * L + i[None, :]
+    scores_grad = tl.zeros([L, L], tl.float32)
+    dB, dC = tl.zeros([L, BLOCK_N], tl.float32), tl.zeros([L, BLOCK_N], tl.float32)
+    padded = ((batch.to(tl.int64) * num_chunks * L + t[:, None]) * num_groups + group) * N + n[None, :]
+    filled = (n < N)[None, :] & (t >= 0)[:, None]
+    for split in range(SPLITS):
+        shares = tl.num_programs(1).to(tl.int64) * num_chunks * L * split
+        scores_grad += tl.load(scores_grad_ptr + shares * L + cell)
+        dB += tl.load(through_B_ptr + shares * N + padded, mask=filled, other=0.0)
+        dC += tl.load(through_C_ptr + shares * N + padded, mask=filled, other=0.0)
+    b = load_block(B_ptr + batch.to(tl.int64) * B_b + group * B_g, t, n, num_steps, N, B_t, 1)
+    c = load_block(C_ptr + batch.to(tl.int64) * C_b + group * C_g, t, n, num_steps, N, C_t, 1)
+    dC += multiply(scores_grad, b, EXACT)
+    dB += multiply(tl.trans(scores_grad), c, EXACT)
+    where = ((batch.to(tl.int64) * num_steps + t[:, None]) * num_groups + group) * N + n[None, :]
+    inside = (n < N)[None, :] & (t < num_steps)[:, None]
+    tl.store(dB_ptr + where, dB, mask=inside)
+    tl.store(dC_ptr + where, dC, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_steps"])
+def steps_back_kernel(dt_ptr, bias_ptr, A_ptr, mask_ptr, step_ptr, direct_ptr, between_ptr, before_ptr, after_ptr,
+                      through_ptr, ddt_ptr, dA_ptr, dbias_ptr, num_steps, num_heads, low, high, dt_b, dt_t, dt_h,
+                      SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+                      L: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    """Write ddt [B, T, H], and dA and dbias by chunk [B, c, H]. Grid (chunks, blocks of heads, batch)."""
+    chunk, batch, num_chunks = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.num_programs(0)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    t = chunk * L + tl.arange(0, L)
+    lines = (batch * num_heads + h)[None, :] * num_chunks * L + t[:, None]
+    real = (h < num_heads)[None, :] & (t >= 0)[:, None]
+    outputs = tl.load(between_ptr + lines, mask=real, other=0.0) + tl.load(before_ptr + lines, mask=real, other=0.0)
+    after = tl.load(after_ptr + lines, mask=real, other=0.0)
+    through = tl.load(through_ptr + (batch * num_heads + h) * num_chunks + chunk, mask=h < num_heads, other=0.0)
+    # A step's decay lies before its own output and after its own input.
+    decay_grad = tl.cumsum(outputs, axis=0, reverse=True) + (tl.cumsum(after, axis=0) - after) + through[None, :]
+    step = tl.load(step_ptr + lines, mask=real, other=0.0)
+    sums = (batch * num_chunks + chunk) * num_heads + h
+    tl.store(dA_ptr + sums, tl.sum(step * decay_grad, axis=0), mask=h < num_heads)
+    A = tl.load(A_ptr + h, mask=h < num_heads, other=0.0).to(tl.float32)
+    ddt = tl.load(direct_ptr + lines, mask=real, other=0.0) + A[None, :] * decay_grad
+    v, counts = raw_steps(dt_ptr + batch * dt_b, bias_ptr, mask_ptr, batch, t, h, num_steps, num_heads,
+                          dt_t, dt_h, HAS_BIAS, HAS_MASK)  # fmt: skip
+    value = v
+    if SOFTPLUS:
+        value = log1p_exp(v)
+    if LIMITED:
+        counts = counts & (value >= low) & (value <= high)
+    if SOFTPLUS:
+        ddt *= 1 / (1 + tl.exp(-v))
+    ddt = tl.where(counts, ddt, 0.0)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + sums, tl.sum(ddt, axis=0), mask=h < num_heads)
+    where = (batch * num_steps + t[:, None]) * num_heads + h[None, :]
+    tl.store(ddt_ptr + where, ddt, mask=(h < num_heads)[None, :] & (t < num_steps)[:, None])

@@ -1,0 +1,78 @@
+"""PEFT's own layers around the modules of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, LoraModel, PeftType, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+
+from ssmtune.errors import AttachError
+from ssmtune.plan import Plan, Site
+
+
+class _ProjectionTuner(LoraModel):  # type: ignore[misc]
+    """PEFT's LoRA without its guard against `out_proj` in Mamba models.
+
+    The guard is about fused kernels that read the weight past the module; ssmtune's operations never do, and the probe
+    has measured that the module is called on every path.
+    """
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        return None
+
+
+@contextmanager
+def tuner_for_every_projection() -> Iterator[None]:
+    """Let a `PeftModel` that is built in this block use `_ProjectionTuner` for LoRA."""
+    previous = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA]
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = _ProjectionTuner
+    try:
+        yield
+    finally:
+        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = previous
+
+
+def unwrap(base: nn.Module) -> None:
+    """Take PEFT's layers off where building the tuner failed half-way, so that there is none to unload them."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer) and ".base_layer" not in name:
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.get_base_layer())
+
+
+def lora_config(plan: Plan) -> LoraConfig:
+    """PEFT's config for the plan's low-rank sites, by full names only."""
+    sites = [site for site in plan.sites if site.container == "module"]
+    modules = [site for site in sites if len(site.shape) == 2]
+    packed = [site for site in sites if len(site.shape) == 3]
+    default: Mapping[str, Any] = sites[0].options if sites else {"rank": 1, "alpha": 1.0, "dropout": 0.0}
+    dropouts = {site.options["dropout"] for site in sites}
+    if len(dropouts) > 1:
+        raise AttachError(
+            f"one adapter has one LoRA dropout, the plan has {sorted(dropouts)}. Use one value in all edits."
+        )
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=default["rank"],
+        lora_alpha=default["alpha"],
+        lora_dropout=default["dropout"],
+        target_modules=[module_name(site) for site in modules] or DUMMY_TARGET_MODULES,
+        target_parameters=[site.path for site in packed] or None,
+        rank_pattern=_pattern(sites, "rank", default),
+        alpha_pattern=_pattern(sites, "alpha", default),
+        bias="none",
+    )
+
+
+def _pattern(sites: list[Site], option: str, default: Mapping[str, Any]) -> dict[str, Any]:
+    return {module_name(site): site.options[option] for site in sites if site.options[option] != default[option]}
+
+
+def module_name(site: Site) -> str:
+    """Full name of the module that PEFT wraps for a site; the tensor's own name for packed experts."""
+    return site.path.removesuffix(".weight")

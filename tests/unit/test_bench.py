@@ -1,0 +1,148 @@
+"""Bench: what is computed from the measurements, and one run of both sides on a micro model."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GraniteMoeHybridConfig, LlamaConfig
+
+from ssmtune import bench as bench_module
+from ssmtune.bench import BenchConfig, bench, compare_losses, speed_ratio, summarise
+from ssmtune.bench_profile import component_shares
+from ssmtune.bench_side import measure
+from ssmtune.errors import CheckFailed, ConfigError
+
+MICRO = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def run_of(*seconds: float, loss: float = 4.0, **facts: Any) -> dict[str, Any]:
+    """What a side's process answers."""
+    return {
+        "step_s": list(seconds),
+        "first_step_s": 1.0,
+        "first_loss": loss,
+        "peak_memory_bytes": 10,
+        "num_trained": 3,
+        "dead": [],
+        "components": {"mlp": 1.0},
+        "floor_s": 0.25,
+        "shape": {"dtype": "float32"},
+        "device": "cpu",
+        **facts,
+    }
+
+
+def test_figures_are_medians_and_ranges_over_processes() -> None:
+    side = summarise([run_of(1.0, 2.0, 3.0), run_of(4.0, 4.0, 4.0)], 12)
+    assert side["step_s"] == 3.5
+    assert side["tokens_per_s"] == pytest.approx(12 / 3.5)
+    assert side["tokens_per_s_range"] == [3.0, 6.0]
+    assert side["components"] == {"mlp": 3.5}
+    ratio = speed_ratio({"ssmtune": [run_of(1.0), run_of(2.0)], "transformers+peft": [run_of(3.0), run_of(10.0)]})
+    assert ratio == {"median": 4.0, "range": [3.0, 5.0]}
+
+
+def test_a_side_that_failed_has_no_speed() -> None:
+    broken = [run_of(1.0), {"error": "out of memory"}]
+    assert summarise(broken, 12) == {"error": "out of memory"}
+    assert speed_ratio({"ssmtune": [run_of(1.0)] * 2, "transformers+peft": broken}) is None
+
+
+def test_other_losses_void_the_comparison() -> None:
+    same = compare_losses({"ssmtune": [run_of(1.0)], "transformers+peft": [run_of(1.0, loss=4.00002)]})
+    other = compare_losses({"ssmtune": [run_of(1.0)], "transformers+peft": [run_of(1.0, loss=4.001)]})
+    assert same["ok"]
+    assert not other["ok"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "status"), [({}, {"done", "provisional"}), ({"loss": 5.0}, {"failed"}), ({"dead": ["x"]}, {"failed"})]
+)
+def test_status_follows_parity_and_dead_tensors(
+    facts: dict[str, Any], status: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {"ssmtune": run_of(1.0, **facts), "transformers+peft": run_of(2.0)}
+    monkeypatch.setattr(bench_module, "_run_side", lambda config, side: answers[side])
+    config = BenchConfig(model="tiny-granite-h", repeats=2)
+    record = bench(config, on_message=lambda _: None)
+    assert record["status"] in status
+    assert record["ratio"]["median"] == 2.0
+    assert record["floor"] == {"step_s": 0.25, "share": 0.25}
+
+
+def test_our_own_failure_is_an_error_and_a_bad_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_module, "_run_side", lambda config, side: {"error": "killed"})
+    with pytest.raises(CheckFailed, match="killed"):
+        bench(BenchConfig(model="tiny-granite-h", repeats=1), on_message=lambda _: None)
+    with pytest.raises(ConfigError, match="no multiple of row_length 100"):
+        bench(BenchConfig(model="tiny-granite-h", tokens_per_step=250, row_length=100))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_both_sides_do_the_same_work(recompute: bool, tmp_path: Path) -> None:
+    path = tmp_path / "micro.json"
+    fields = {
+        **MICRO,
+        "shared_intermediate_size": 24,
+        "num_local_experts": 0,
+        "num_key_value_heads": 2,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "pad_token_id": 0,
+    }
+    path.write_text(json.dumps(GraniteMoeHybridConfig(**fields).to_dict()))
+    config = BenchConfig(
+        model=str(path), rank=2, tokens_per_step=32, row_length=16, num_steps=1, repeats=1, recompute=recompute
+    )
+    ours, theirs = measure(config, "ssmtune"), measure(config, "transformers+peft")
+    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=1e-5)
+    assert ours["num_trained"] == theirs["num_trained"]
+    assert ours["dead"] == theirs["dead"] == []
+    assert ours["floor_s"] > 0
+    for side in (ours, theirs):
+        assert sum(side["components"].values()) == pytest.approx(1.0)
+        assert {"recurrent", "attention", "mlp", "norms", "head and loss", "optimiser"} <= set(side["components"])
+
+
+def test_time_goes_to_the_component_that_spends_it() -> None:
+    """A slow module's forward and backward both count for it; what runs outside of modules is the rest."""
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.01)
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.05)
+            return dy * 1.0
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Slow.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+
+    slow, quick = Layer(), torch.nn.Linear(3, 3)
+
+    def step() -> None:
+        quick(slow(torch.ones(2, 3, requires_grad=True))).sum().backward()
+
+    shares = component_shares(step, [(slow, "recurrent"), (quick, "mlp")], with_cuda=False)
+    assert shares["recurrent"] > 0.8
+    assert "mlp" in shares
+
+
+def test_a_transformer_can_be_measured_too(tmp_path: Path) -> None:
+    path = tmp_path / "llama.json"
+    path.write_text(json.dumps(LlamaConfig(**MICRO, intermediate_size=24).to_dict()))
+    config = BenchConfig(
+        model=str(path), recipe="all", rank=2, tokens_per_step=16, row_length=16, num_steps=1, repeats=1
+    )
+    assert measure(config, "ssmtune")["dead"] == []
