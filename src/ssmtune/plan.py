@@ -180,7 +180,24 @@ def _container(model: PreTrainedModel, component: Component, method: Method, inv
     if len(component.shape) == 3:
         return "module"
     owner = model.get_submodule(component.path.rpartition(".")[0])
-    return "module" if isinstance(owner, nn.Linear) and component.access == "module" else "tensor"
+    is_called = isinstance(owner, nn.Linear) and component.access == "module"
+    return "module" if is_called and not _is_redirected(model, component.path.removesuffix(".weight")) else "tensor"
+
+
+def _is_redirected(model: PreTrainedModel, module_name: str) -> bool:
+    """Whether PEFT takes the name of this module for an expert's of transformers 4, and would adapt the packed experts.
+
+    It does so for some model types (Qwen3-Next) by the end of the name alone, whatever the module is.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=[module_name])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # one of two names that it would fuse
+        return True
+    return set(config.target_modules) != {module_name}
 
 
 def _refuse_dead(component: Component, method_name: str, container: Container, uses: Uses) -> None:

@@ -282,5 +282,5 @@ class S4DForCausalLM(S4DPreTrainedModel, GenerationMixin):  # type: ignore[misc]
 @lru_cache
 def register_s4d() -> None:
     """Make `AutoConfig` and `AutoModelForCausalLM` know the model type `s4d`, for this process."""
-    AutoConfig.register(S4DConfig.model_type, S4DConfig)
-    AutoModelForCausalLM.register(S4DConfig, S4DForCausalLM)
+    AutoConfig.register(S4DConfig.model_type, S4DConfig, exist_ok=True)
+    AutoModelForCausalLM.register(S4DConfig, S4DForCausalLM, exist_ok=True)

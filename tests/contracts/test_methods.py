@@ -136,7 +136,7 @@ def test_every_method_is_enrolled() -> None:
     assert {method for method, _, _ in COMPANIES} == set(method_names())
     for name in method_names():
         method = get_method(name)
-        assert method.in_module or method.make_edit is not None
+        assert method.in_module or method.make_edit is not None or method.make_state is not None
         assert method.summary and method.formula and method.source and method.overhead
         method.Options()  # every field has a default
 
@@ -237,8 +237,11 @@ def of_site(name: str, site: Any) -> bool:
 def test_merged_equals_adapted_at_every_role(company: Company) -> None:
     method_name, case, _ = company
     tokens = tiny_tokens(case, 2, 17)
-    adapted = attached(company_plan(company), case).eval()
+    adapted = attached(company_plan(company), case, moved=False).eval()
+    # Every role at once: larger steps would make models that amplify rounding a thousandfold.
+    randomise(adapted, scale=0.03)
     expected = logits_of(adapted, tokens)
+    assert largest_difference(expected, logits_of(tiny_model(case), tokens)) > 10 * LOGITS_MERGED
     if not get_method(method_name).mergeable:
         with pytest.raises(AttachError):
             merge(adapted)
@@ -372,13 +375,15 @@ def test_merged_equals_adapted_and_survives_a_save(recipe: str, case: Case, tmp_
     assert set(merged.state_dict()) == names
     # Saved before it runs: transformers' RWKV divides weights in place when it evaluates, and would save the divided ones.
     merged.save_pretrained(tmp_path)
+    saved = {name: value.clone() for name, value in merged.state_dict().items()}
     found = logits_of(merged, tokens)
     assert largest_difference(found, expected) <= LOGITS_MERGED
     reloaded = auto_class(merged.config).from_pretrained(tmp_path).eval()
-    for parameter in reloaded.parameters():
-        # In a mapped file tensors start at any address, and the start of a vector decides the order of its sum.
-        parameter.data = parameter.data.clone()
-    assert torch.equal(logits_of(reloaded, tokens), found)
+    # The weights are the same bits. The logits may round differently: where a tensor starts in memory decides in which
+    # order its products are summed.
+    for name, value in saved.items():
+        assert torch.equal(reloaded.state_dict()[name], value), name
+    assert largest_difference(logits_of(reloaded, tokens), found) <= LOGITS_FP32
 
 
 @every_fullest

@@ -18,7 +18,6 @@ from ssmtune.merge import adapter_directory
 from ssmtune.models import load_config
 
 ATTENTION = frozenset("q_proj k_proj v_proj o_proj".split())
-GATED_MLP = frozenset("gate_proj up_proj down_proj".split())
 
 Modules = Mapping[str, frozenset[str]]
 """By model type, the endings of the module names that an engine applies a LoRA to."""

@@ -18,8 +18,8 @@ MIXER = LAYER + "temporal_block."
 UNIT = MIXER + "rg_lru."
 
 
-def _prepare_packed(backbone: nn.Module, position_ids: torch.Tensor, seq_idx: torch.Tensor) -> Mapping[str, Any]:
-    mask = packed_mask(backbone, position_ids, sliding=True)
+def _prepare_packed(model: nn.Module, position_ids: torch.Tensor, seq_idx: torch.Tensor) -> Mapping[str, Any]:
+    mask = packed_mask(model.get_submodule("model"), position_ids, sliding=True)
     return {"attention_mask": {"sliding_attention": mask}, "seq_idx": seq_idx}
 
 
@@ -58,7 +58,8 @@ def _tiny_configs() -> Mapping[str, Any]:
 FAMILY = Family(
     model_types=("recurrent_gemma",),
     topology="sequential",
-    backbone="model",
+    # The model itself: it makes the cache, and a row with a cache would be taken for a continuation further in.
+    backbone="",
     recurrent_classes=("RecurrentGemmaForCausalLM", "RecurrentGemmaRecurrentBlock", "RecurrentGemmaRglru"),
     methods=griffin_methods,
     prepare_packed=_prepare_packed,

@@ -37,10 +37,10 @@ def base_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
 
 def build_base(config: Any, tensors: Mapping[str, torch.Tensor], *, device: torch.device | str) -> PreTrainedModel:
     """Return a model of `config` that holds `tensors` themselves (on the meta device: nothing but those)."""
-    from transformers import AutoModelForCausalLM
+    from ssmtune.models import auto_class
 
     with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config))
+        model: PreTrainedModel = auto_class(config).from_config(deepcopy(config))
     # Tied names are absent from `tensors` and tied again below.
     model.load_state_dict(dict(tensors), strict=False, assign=True)
     model.tie_weights()
