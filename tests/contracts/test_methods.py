@@ -111,7 +111,9 @@ def attached(plan: Plan, case: Case, *, dtype: torch.dtype = torch.float32, move
 def running(request: pytest.FixtureRequest) -> Iterator[Any]:
     """One adapted model of a case, adapters moved, in eval mode, shared by the tests that only read it."""
     recipe, case = request.param
-    adapted = attached(whole_plan(recipe, case), case).eval()
+    adapted = attached(whole_plan(recipe, case), case, moved=False).eval()
+    # Larger steps make some models amplify rounding past the bound that all paths are held to.
+    randomise(adapted, scale=0.03)
     yield adapted
 
 
@@ -239,7 +241,7 @@ def test_merged_equals_adapted_at_every_role(company: Company) -> None:
     tokens = tiny_tokens(case, 2, 17)
     adapted = attached(company_plan(company), case, moved=False).eval()
     # Every role at once: larger steps would make models that amplify rounding a thousandfold.
-    randomise(adapted, scale=0.03)
+    randomise(adapted, scale=0.01)
     expected = logits_of(adapted, tokens)
     assert largest_difference(expected, logits_of(tiny_model(case), tokens)) > 10 * LOGITS_MERGED
     if not get_method(method_name).mergeable:
