@@ -148,7 +148,7 @@ class AdaptedModel(PeftModelForCausalLM):
         """Every name under which a tensor of `base` carries edits; a shared tensor has several."""
         return [
             f"{module_path}.{name}"
-            for module_path, module in base.named_modules(remove_duplicate=True)
+            for module_path, module in base.named_modules()
             if parametrize.is_parametrized(module)
             for name in module.parametrizations
         ]
@@ -216,18 +216,18 @@ def owner_of(model: nn.Module, path: str) -> tuple[Any, str]:
 
 def _apply_edits(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit]) -> None:
     """Put the plan's tensor edits on `model` and into `edits`, one by one, so that a failure can be undone."""
+    names = names_by_tensor(model)
     for site in plan.sites:
-        method = get_method(site.method)
         if site.container != "tensor":
             continue
+        method = get_method(site.method)
         assert method.make_edit is not None
-        names = shared_names(model, site.path)
         owner, name = owner_of(model, site.path)
         weight = getattr(owner, name)
         options = decode(method.Options, site.options, where=f"plan, {site.path}")
         edit = method.make_edit(weight, site.rows, options).to(weight.device)
         edits[site.key] = cast(TensorEdit, edit)
-        for path in names:
+        for path in names[id(base_tensor(model, site.path))]:
             owner, name = owner_of(model, path)
             # unsafe: the effective tensor may be fp32 where the base is bf16, which is the point.
             parametrize.register_parametrization(owner, name, edit, unsafe=True)
@@ -248,19 +248,20 @@ def _apply_states(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdi
         edits[site.key] = cast(TensorEdit, edit)
 
 
-def shared_names(model: nn.Module, path: str) -> list[str]:
-    """Return every name under which modules of `model` hold the tensor named `path`, that one first."""
-    tensor = base_tensor(model, path)
-    names = []
-    for module_path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is tensor:
-                names.append(f"{module_path}.{name}")
-        if parametrize.is_parametrized(module):
-            parts: Any = module.parametrizations
-            names += [f"{module_path}.{name}" for name in parts if parts[name].original is tensor]
-    kept = [n.replace(".base_layer", "") for n in names if ".parametrizations." not in n]
-    return [path, *(name for name in kept if name != path)]
+def base_name(name: str) -> str:
+    """Return the name that a parameter has in the base model, under whatever edits and layers are on it."""
+    owner, edited, rest = name.partition(".parametrizations.")
+    if edited:
+        name = f"{owner}.{rest.removesuffix('.original')}"
+    return name.replace(".base_layer", "")
+
+
+def names_by_tensor(model: nn.Module) -> dict[int, list[str]]:
+    """Return for the id of each parameter every name that it has in the base model; a shared one has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(base_name(name))
+    return names
 
 
 def base_tensor(model: nn.Module, path: str) -> nn.Parameter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,16 @@ Access = Literal["module", "parameter"]
 GROUPS: tuple[Group, ...] = ("attention", "recurrent", "mlp", "core", "conv", "norm", "embedding")
 """Groups that a recipe can select; "state" is what can be added to a recurrence and is no tensor of the model,
 "other" what no method adapts (an image tower)."""
+
+
+LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+"""The first number in a tensor's or module's name is its layer's."""
+
+
+def layer_of(module_name: str) -> int | None:
+    """Return the layer that a module belongs to, None outside the layers."""
+    match = LAYER_NUMBER.search(f"{module_name}.")
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ssmtune.component import Component
+from ssmtune.component import Component, layer_of
 from ssmtune.errors import UnsupportedModel
 from ssmtune.families.base import Claim, Family, Topology, check_config, find_family
 from ssmtune.records import digest
@@ -153,13 +153,12 @@ def _states(model: PreTrainedModel, family: Family) -> list[Component]:
     names = {module: name for name, module in model.named_modules()}
     found = []
     for module in recurrent_modules(model, family):
-        layer = re.search(r"\.(\d+)\.", f"{names[module]}.")
         for name, shape in family.states(module).items():
             found.append(
                 Component(
                     role=f"state.{name}",
                     group="state",
-                    layer=int(layer[1]) if layer else None,
+                    layer=layer_of(names[module]),
                     path=f"{names[module]}.{name}",
                     shape=shape,
                     access="parameter",

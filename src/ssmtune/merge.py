@@ -15,7 +15,6 @@ from ssmtune import adapter_files
 from ssmtune.adapter_files import discarded_paths
 from ssmtune.attach import AdaptedModel, base_tensor, load, owner_of
 from ssmtune.errors import AttachError, ConfigError
-from ssmtune.methods.base import get_method
 from ssmtune.models import Dtype, load_model, load_tokenizer
 from ssmtune.peft_layers import module_name
 
@@ -57,7 +56,7 @@ def merge(adapted: AdaptedModel) -> PreTrainedModel:
 
 
 def _refuse_unmergeable(adapted: AdaptedModel) -> None:
-    lasting = sorted({site.method for site in adapted.plan.sites if not get_method(site.method).mergeable})
+    lasting = sorted({site.method for site in adapted.plan.unmergeable})
     if lasting:
         raise AttachError(
             f"cannot merge: method {', '.join(lasting)} adds what no tensor of the base can hold, so a merged model would "

@@ -6,11 +6,11 @@ Installed per instance and removable; the weights are never touched.
 from __future__ import annotations
 
 import inspect
-import re
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ssmtune.component import layer_of
 from ssmtune.families.base import Family
 from ssmtune.ops.seam import STATES, Call, rebind, replace_methods, restore
 from ssmtune.packing import documents_of, segment_index
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
-
-
-LAYER_NUMBER = re.compile(r"\.(\d+)\.")
-"""The first number in a module's name is its layer's."""
 
 
 @dataclass
@@ -50,8 +46,7 @@ def install_operations(model: PreTrainedModel, family: Family) -> InstalledOpera
     installed = InstalledOperations()
     names = {module: name for name, module in model.named_modules()}
     for module in recurrent_modules(model, family):
-        number = LAYER_NUMBER.search(f"{names[module]}.")
-        call = Call(layer=int(number[1]) if number else None)
+        call = Call(layer=layer_of(names[module]))
         operations = family.operations(module, call) if family.operations is not None else {}
         if operations:
             rebind(module, operations)

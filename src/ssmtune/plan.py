@@ -64,6 +64,11 @@ class Plan:
         return sum(site.num_params for site in self.sites)
 
     @property
+    def unmergeable(self) -> tuple[Site, ...]:
+        """The sites whose method trains what no tensor of the base can hold."""
+        return tuple(site for site in self.sites if not get_method(site.method).mergeable)
+
+    @property
     def groups(self) -> dict[str, int]:
         """Trained parameters by group."""
         counts: Counter[str] = Counter()

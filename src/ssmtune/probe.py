@@ -8,13 +8,13 @@ NONE: the path never uses it.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ssmtune.component import LAYER_NUMBER
 from ssmtune.errors import UnsupportedModel
 from ssmtune.families.base import Family, find_family
 from ssmtune.models import weightless
@@ -28,9 +28,6 @@ PATHS = ("train", "eval", "prefill", "decode")
 """Training (no cache), evaluation (no cache), first pass with a cache, one token with a cache."""
 
 NUM_TOKENS = 3
-
-LAYER_NUMBER = re.compile(r"\.(\d+)\.")
-"""The first number in the name of a backbone's parameter is its layer's."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from torch import nn
 
-from ssmtune.attach import base_tensor, owner_of, shared_names
+from ssmtune.attach import base_tensor, names_by_tensor, owner_of
 from ssmtune.models import weightless
 from ssmtune.peft_layers import module_name
 from ssmtune.probe import probe
@@ -73,6 +73,7 @@ def split_sites(adapted: AdaptedModel, saved: SavedAdapter) -> tuple[dict[str, F
     """
     model = adapted.base_model.model
     uses = probe(weightless(model.config))
+    names = names_by_tensor(model)
     parts: dict[str, list[Factors]] = {}
     extras = []
     for site in adapted.plan.sites:
@@ -83,7 +84,7 @@ def split_sites(adapted: AdaptedModel, saved: SavedAdapter) -> tuple[dict[str, F
         layered = found is not None and not _refused_by_peft(adapted, name)
         if layered and site.container == "tensor":
             called = set(uses.of(site.path).values()) == {"CALL"}
-            alone = shared_names(model, site.path) == [site.path]
+            alone = len(names[id(base_tensor(model, site.path))]) == 1
             layered = called and alone and isinstance(owner_of(model, site.path)[0], nn.Linear)
         if not layered or found is None:
             extras.append(site)

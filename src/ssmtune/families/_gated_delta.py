@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssmtune.component import Group
 from ssmtune.families._convolution import convolution_operations
-from ssmtune.families._transformer import linear, packed_mask
+from ssmtune.families._transformer import linear
 from ssmtune.families.base import Claim
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _delta_rule(call: Call) -> Callable[..., Any]:
             )
 
         output, final = scan_from_state(call, initial_state, run, (query, key, value, g, beta))
-        output = _with_offsets(call, output, query, use_qk_l2norm_in_kernel)
+        output = call.add_offsets(output, _read_out(query, use_qk_l2norm_in_kernel))
         return output, final if output_final_state else None
 
     return rule
@@ -98,28 +98,18 @@ def _states(heads: int, keys: int, values: int) -> Mapping[str, tuple[int, ...]]
     }
 
 
-def _with_offsets(call: Call, output_HV: Any, query_HK: Any, normalised: bool) -> Any:
-    """`output_HV` [..., H_v, d_v] with y' and S'^T q added in fp32; q as the rule reads it, normalised and scaled."""
-    import torch
+def _read_out(query_HK: Any, normalised: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """S^T q [..., H_v, d_v] of a state S [H_v, d_k, d_v]; q as the rule reads it, normalised and scaled."""
 
-    from ssmtune.ops.gated_delta_rule.reference import queries_and_keys
+    def read(state_HKV: torch.Tensor) -> torch.Tensor:
+        import torch
 
-    offset_HKV, output_offset_HV = call.state("state_offset"), call.state("output_offset")
-    if offset_HKV is None and output_offset_HV is None:
-        return output_HV
-    total = output_HV.float()
-    if offset_HKV is not None:
-        query, _ = queries_and_keys(query_HK.float(), query_HK.float(), offset_HKV.shape[0], None, normalised)
-        total = total + torch.einsum("...hk,hkv->...hv", query, offset_HKV)
-    if output_offset_HV is not None:
-        total = total + output_offset_HV
-    return total.to(output_HV.dtype)
+        from ssmtune.ops.gated_delta_rule.reference import queries_and_keys
 
+        query, _ = queries_and_keys(query_HK.float(), query_HK.float(), state_HKV.shape[0], None, normalised)
+        return torch.einsum("...hk,hkv->...hv", query, state_HKV)
 
-def prepare_packed(backbone: nn.Module, position_ids: torch.Tensor, seq_idx: torch.Tensor) -> Mapping[str, Any]:
-    """Keep documents apart in attention by a mask, in the recurrent layers by `seq_idx`, which the layers hand on."""
-    mask = packed_mask(backbone, position_ids)
-    return {"attention_mask": {"full_attention": mask, "linear_attention": None}, "seq_idx": seq_idx}
+    return read
 
 
 def projections(

@@ -53,10 +53,16 @@ def mixer_claims(mixer: str, *, in_rows: Rows, x_rows: Rows) -> tuple[Claim, ...
 
 def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]]:
     """Our functions under the names that a Mamba-1 mixer's forward calls, with the argument conventions of that forward."""
+    import torch.nn.functional as F
+
     from ssmtune.ops.documents import scan_from_state
     from ssmtune.ops.mamba1_selective_scan import mamba1_selective_scan, mamba1_state_update
 
     layer: Any = module.layer_idx
+
+    def with_offsets(y_D: Any, C_N: Any, z_D: Any) -> Any:
+        """`y_D` [..., D] is gated by z already; C [..., N] reads the state."""
+        return call.add_offsets(y_D, lambda h_DN: C_N.float() @ h_DN.T, lambda: F.silu(z_D.float()))
 
     def scan(x: Any, dt: Any, A: Any, B: Any, C: Any, *, return_last_state: bool, **extra: Any) -> Any:
         def run(x: Any, dt: Any, B: Any, C: Any, z: Any, state: Any, seq_idx: Any, mask: Any) -> Any:
@@ -79,7 +85,7 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
         z = extra["z"]
         inputs = tuple(tensor.transpose(1, 2) for tensor in (x, dt, B, C, z))
         y, final = scan_from_state(call, _entering_state(call, layer, A), run, inputs)
-        y = _with_offsets(call, y, C.transpose(1, 2), z.transpose(1, 2)).contiguous()
+        y = with_offsets(y, C.transpose(1, 2), z.transpose(1, 2)).contiguous()
         y = y.transpose(1, 2)  # out_proj's input is the transpose of this
         return (y, final) if return_last_state else y
 
@@ -87,7 +93,7 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
         state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, *, z: Any, dt_bias: Any, dt_softplus: bool
     ) -> Any:
         y = mamba1_state_update(state, x, dt, A, B, C, D_D=D, z_BD=z, dt_bias_D=dt_bias, dt_softplus=dt_softplus)
-        return _with_offsets(call, y, C, z)
+        return with_offsets(y, C, z)
 
     return {
         **convolution_operations(module, call),
@@ -102,22 +108,6 @@ def states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
     mixer: Any = module
     channels, size = mixer.intermediate_size, mixer.ssm_state_size
     return {"initial_state": (channels, size), "state_offset": (channels, size), "output_offset": (channels,)}
-
-
-def _with_offsets(call: Call, y_D: Any, C_N: Any, z_D: Any) -> Any:
-    """`y_D` [..., D], gated already, with silu(z) (y' + h' C) added in fp32; C [..., N]."""
-    h_DN, offset_D = call.state("state_offset"), call.state("output_offset")
-    if h_DN is None and offset_D is None:
-        return y_D
-    import torch
-    import torch.nn.functional as F
-
-    added = torch.zeros_like(y_D, dtype=torch.float32)
-    if h_DN is not None:
-        added = added + C_N.float() @ h_DN.T
-    if offset_D is not None:
-        added = added + offset_D
-    return (y_D.float() + F.silu(z_D.float()) * added).to(y_D.dtype)
 
 
 def _unmasked(hidden_states: Any, _: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ssmtune.families._convolution import convolution_operations
-from ssmtune.families._transformer import linear, packed_mask
+from ssmtune.families._transformer import linear
 from ssmtune.families.base import Claim
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
             )
 
         y, final = scan_from_state(call, extra["initial_states"], run, (x, dt, B, C))
-        y = _with_offsets(call, y, C).contiguous()  # Falcon-H1 takes a view of it.
+        y = call.add_offsets(y, _read_out(C)).contiguous()  # Falcon-H1 takes a view of it.
         return (y, final) if return_final_states else y
 
     def step(
@@ -120,7 +120,7 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
             dt_softplus=dt_softplus,
             dt_limit=dt_limit,
         )
-        y = _with_offsets(call, y, C)
+        y = call.add_offsets(y, _read_out(C))
         # Falcon-H1 without its norm leaves the gate to this operation.
         return y if z is None else y * F.silu(z)
 
@@ -144,31 +144,17 @@ def states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
     }
 
 
-def _with_offsets(call: Call, y_HP: Any, C_GN: Any) -> Any:
-    """`y_HP` [..., H, P] with y' and C h' added in fp32; C [..., G, N] is shared by the heads of a group."""
-    import torch
+def _read_out(C_GN: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """C h [..., H, P] of a state h [H, P, N]; C [..., G, N] is shared by the heads of a group."""
 
-    h_HPN, y_offset_HP = call.state("state_offset"), call.state("output_offset")
-    if h_HPN is None and y_offset_HP is None:
-        return y_HP
-    total = y_HP.float()
-    if h_HPN is not None:
-        groups = C_GN.shape[-2]
-        h_GRPN = h_HPN.view(groups, -1, *h_HPN.shape[1:])
-        total = total + torch.einsum("...gn,grpn->...grp", C_GN.float(), h_GRPN).flatten(-3, -2)
-    if y_offset_HP is not None:
-        total = total + y_offset_HP
-    return total.to(y_HP.dtype)
+    def read(h_HPN: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        h_GRPN = h_HPN.view(C_GN.shape[-2], -1, *h_HPN.shape[1:])
+        return torch.einsum("...gn,grpn->...grp", C_GN.float(), h_GRPN).flatten(-3, -2)
+
+    return read
 
 
 def _declined(*_: Any, **__: Any) -> None:
     return None
-
-
-def prepare_packed(backbone: nn.Module, position_ids: torch.Tensor, seq_idx: torch.Tensor) -> Mapping[str, Any]:
-    """Keep documents apart in attention by a mask, in the mixers by `seq_idx`, which the layers hand on to them.
-
-    The mask is built here, since some backbones do not give `position_ids` to theirs, and none does beside a cache.
-    """
-    masks = {"full_attention": packed_mask(backbone, position_ids), "linear_attention": None}
-    return {"attention_mask": masks, "seq_idx": seq_idx}

@@ -70,6 +70,15 @@ def packed_mask(backbone: nn.Module, position_ids: torch.Tensor, *, sliding: boo
     return mask
 
 
+def prepare_packed_hybrid(backbone: nn.Module, position_ids: torch.Tensor, seq_idx: torch.Tensor) -> Mapping[str, Any]:
+    """Keep documents apart in attention by a mask, in the recurrent layers by `seq_idx`, which the layers hand on.
+
+    The mask is built here, since some backbones do not give `position_ids` to theirs, and none does beside a cache.
+    """
+    masks = {"full_attention": packed_mask(backbone, position_ids), "linear_attention": None}
+    return {"attention_mask": masks, "seq_idx": seq_idx}
+
+
 def prepare_packed(backbone: nn.Module, position_ids: torch.Tensor, seq_idx: torch.Tensor) -> Mapping[str, Any]:
     """`Family.prepare_packed` of a model whose layers all attend to everything before."""
     return {"attention_mask": packed_mask(backbone, position_ids)}

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from ssmtune.families._mamba2 import Sizes, mixer_claims, operations, prepare_packed, states
-from ssmtune.families._transformer import ATTENTION, EMBEDDINGS, LAYER
+from ssmtune.families._mamba2 import Sizes, mixer_claims, operations, states
+from ssmtune.families._transformer import ATTENTION, EMBEDDINGS, LAYER, prepare_packed_hybrid
 from ssmtune.families.base import Claim, Family
 
 
@@ -86,7 +86,7 @@ FAMILY = Family(
     recurrent_classes=("GraniteMoeHybridMambaLayer",),
     operations=operations,
     states=states,
-    prepare_packed=prepare_packed,
+    prepare_packed=prepare_packed_hybrid,
     tiny_configs=_tiny_configs,
     claims=(
         *EMBEDDINGS,

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from ssmtune.families._gated_delta import kda_operations, kda_states, norms, prepare_packed, projections
+from ssmtune.families._gated_delta import kda_operations, kda_states, norms, projections
 from ssmtune.families._kimi_delta import CLAIMS, HANDLED_CONFIG, MIXER
+from ssmtune.families._transformer import prepare_packed_hybrid
 from ssmtune.families.base import Family
 
 
@@ -69,7 +70,7 @@ FAMILY = Family(
     recurrent_classes=("KimiLinearDeltaAttention",),
     operations=kda_operations,
     states=kda_states,
-    prepare_packed=prepare_packed,
+    prepare_packed=prepare_packed_hybrid,
     tiny_configs=_tiny_configs,
     claims=(
         *CLAIMS,

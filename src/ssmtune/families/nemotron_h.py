@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from ssmtune.families._mamba2 import Sizes, mixer_claims, operations, prepare_packed, states
-from ssmtune.families._transformer import linear
+from ssmtune.families._mamba2 import Sizes, mixer_claims, operations, states
+from ssmtune.families._transformer import linear, prepare_packed_hybrid
 from ssmtune.families.base import Claim, Family
 
 LAYER = "model.layers.{layer}."
@@ -79,7 +79,7 @@ FAMILY = Family(
     recurrent_classes=("NemotronHMamba2Mixer",),
     operations=operations,
     states=states,
-    prepare_packed=prepare_packed,
+    prepare_packed=prepare_packed_hybrid,
     tiny_configs=_tiny_configs,
     claims=(
         Claim(path="model.embeddings.weight", role="embed.tokens", group="embedding"),

@@ -12,10 +12,10 @@ from ssmtune.families._gated_delta import (
     embeddings,
     mlp,
     norms,
-    prepare_packed,
     projections,
     recurrence,
 )
+from ssmtune.families._transformer import prepare_packed_hybrid
 from ssmtune.families.base import Claim, Family
 
 LAYER = "model.layers.{layer}."
@@ -73,7 +73,7 @@ FAMILY = Family(
     recurrent_classes=("OlmoHybridGatedDeltaNet",),
     operations=deltanet_operations,
     states=deltanet_states,
-    prepare_packed=prepare_packed,
+    prepare_packed=prepare_packed_hybrid,
     tiny_configs=_tiny_configs,
     claims=(
         *embeddings("model"),

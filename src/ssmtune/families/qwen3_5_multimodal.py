@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssmtune.families._gated_delta import deltanet_operations, deltanet_states, prepare_packed, projections
+from ssmtune.families._gated_delta import deltanet_operations, deltanet_states, projections
 from ssmtune.families._qwen3 import HANDLED_CONFIG, claims
 from ssmtune.families._qwen3_5 import IN_PROJECTIONS, RECURRENT_CLASSES, text_configs
+from ssmtune.families._transformer import prepare_packed_hybrid
 from ssmtune.families.base import Claim, Family
 
 BACKBONE = "model.language_model"
@@ -46,7 +47,7 @@ FAMILY = Family(
     recurrent_classes=RECURRENT_CLASSES,
     operations=deltanet_operations,
     states=deltanet_states,
-    prepare_packed=prepare_packed,
+    prepare_packed=prepare_packed_hybrid,
     tiny_configs=_tiny_configs,
     claims=(
         *claims(BACKBONE, IN_PROJECTIONS),

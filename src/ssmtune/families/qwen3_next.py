@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssmtune.families._gated_delta import deltanet_operations, deltanet_states, prepare_packed
+from ssmtune.families._gated_delta import deltanet_operations, deltanet_states
 from ssmtune.families._qwen3 import HANDLED_CONFIG, claims, part_rows, tiny
+from ssmtune.families._transformer import prepare_packed_hybrid
 from ssmtune.families.base import Family
 
 
@@ -68,7 +69,7 @@ FAMILY = Family(
     recurrent_classes=("Qwen3NextGatedDeltaNet",),
     operations=deltanet_operations,
     states=deltanet_states,
-    prepare_packed=prepare_packed,
+    prepare_packed=prepare_packed_hybrid,
     tiny_configs=_tiny_configs,
     claims=claims(
         "model",

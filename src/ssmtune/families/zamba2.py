@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 from ssmtune.component import Group
-from ssmtune.families._mamba2 import Sizes, mixer_claims, operations, prepare_packed, states
-from ssmtune.families._transformer import EMBEDDINGS, LAYER, linear
+from ssmtune.families._mamba2 import Sizes, mixer_claims, operations, states
+from ssmtune.families._transformer import EMBEDDINGS, LAYER, linear, prepare_packed_hybrid
 from ssmtune.families.base import Claim, Family
 
 SHARED = LAYER + "shared_transformer."
@@ -92,7 +92,7 @@ FAMILY = Family(
     recurrent_classes=("Zamba2MambaMixer",),
     operations=operations,
     states=states,
-    prepare_packed=prepare_packed,
+    prepare_packed=prepare_packed_hybrid,
     tiny_configs=_tiny_configs,
     claims=(
         *EMBEDDINGS,

@@ -5,10 +5,14 @@ A method knows roles and shapes, never architectures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import pydantic
+
+from ssmtune.config import STRICT
 from ssmtune.discovery import load_constant, module_names
 from ssmtune.errors import ConfigError, nearest
 
@@ -35,6 +39,16 @@ class TensorEdit(Protocol):
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """What trains, by name; the name is empty where it is one tensor of the base's own shape."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class NoOptions:
+    """Nothing to choose."""
+
+
+def num_elements(shape: Sequence[int], options: object) -> int:
+    """Every element trains."""
+    return math.prod(shape)
 
 
 @dataclass(frozen=True, kw_only=True)

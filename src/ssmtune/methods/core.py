@@ -7,16 +7,13 @@ The sum stays fp32 up to the scan.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import pydantic
 import torch
 from torch import nn
 
 from ssmtune.config import STRICT
 from ssmtune.methods._delta import Delta
-from ssmtune.methods.base import Method, Rows
+from ssmtune.methods.base import Method, Rows, num_elements
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -31,11 +28,6 @@ def make_delta(weight: torch.Tensor, rows: Rows, options: object) -> nn.Module:
     assert rows is None
     # fp32 up to the scan: rounding to the model's dtype would lose what was trained.
     return Delta(weight, dtype=torch.float32)
-
-
-def num_elements(shape: Sequence[int], options: object) -> int:
-    """Every element of the tensor trains."""
-    return math.prod(shape)
 
 
 METHOD = Method(

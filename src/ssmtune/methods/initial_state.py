@@ -8,14 +8,14 @@ scales are options here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pydantic
 
 from ssmtune.config import STRICT
-from ssmtune.methods.base import Method
+from ssmtune.methods._offset import STATE_FORMULA
+from ssmtune.methods.base import Method, num_elements
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,13 +39,13 @@ def _make_state(shape: Sequence[int], options: InitialStateOptions) -> nn.Module
 METHOD = Method(
     in_module=False,
     summary="The state that every recurrence starts from, instead of zero.",
-    formula="elements of the state (Mamba-1: D_in N; Mamba-2: H P N; Gated DeltaNet: H_v d_k d_v)",
+    formula=STATE_FORMULA,
     source="Young 2026 (S0 tuning), section 3; Galim et al. 2025",
     mergeable=False,
     overhead="none per token",
     Options=InitialStateOptions,
     allows=lambda component: component.role == "state.initial_state",
-    num_params=lambda shape, options: math.prod(shape),
+    num_params=num_elements,
     optimizer_group="core",
     make_state=_make_state,
     value_kind="absolute",

@@ -6,14 +6,9 @@ biases alone. Weight decay then pulls the change to zero and not the weight, whi
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import pydantic
-
-from ssmtune.config import STRICT
-from ssmtune.methods.base import Method, Rows
+from ssmtune.methods.base import Method, NoOptions, Rows, num_elements
 
 if TYPE_CHECKING:
     import torch
@@ -22,22 +17,12 @@ if TYPE_CHECKING:
     from ssmtune.component import Component
 
 
-@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class PartialOptions:
-    """Nothing to choose."""
-
-
 def _allows(component: Component) -> bool:
     """Convolutions, norms and every bias, as whole tensors."""
     return component.rows is None and (
         component.group in ("conv", "norm")
         or (component.role.endswith(".bias") and component.group in ("attention", "recurrent", "mlp"))
     )
-
-
-def _num_params(shape: Sequence[int], options: object) -> int:
-    """Every element of the tensor trains."""
-    return math.prod(shape)
 
 
 def _make_edit(weight: torch.Tensor, rows: Rows, options: object) -> nn.Module:
@@ -55,9 +40,9 @@ METHOD = Method(
     source="Yoshimura et al. 2025 (MambaPEFT), section 3; Ben Zaken et al. 2022 (BitFit)",
     mergeable=True,
     overhead="none once merged",
-    Options=PartialOptions,
+    Options=NoOptions,
     allows=_allows,
-    num_params=_num_params,
+    num_params=num_elements,
     optimizer_group="core",
     make_edit=_make_edit,
     value_kind="delta",

@@ -6,42 +6,11 @@ It is not fed back into the recurrence and does not decay.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from ssmtune.methods._offset import STATE_FORMULA, offset_method
 
-import pydantic
-
-from ssmtune.config import STRICT
-from ssmtune.methods.base import Method
-
-if TYPE_CHECKING:
-    from torch import nn
-
-
-@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class StateOffsetOptions:
-    """Nothing to choose."""
-
-
-def _make_state(shape: Sequence[int], options: object) -> nn.Module:
-    # Imported here: a plan is made, and help printed, without torch.
-    from ssmtune.methods._state import State
-
-    return State(shape)
-
-
-METHOD = Method(
-    in_module=False,
+METHOD = offset_method(
+    "state.state_offset",
     summary="A constant added to the state at every read-out.",
-    formula="elements of the state (Mamba-1: D_in N; Mamba-2: H P N; Gated DeltaNet: H_v d_k d_v)",
-    source="Kang et al. 2025 (state-offset tuning), section 4",
-    mergeable=False,
+    formula=STATE_FORMULA,
     overhead="one more read-out contraction per token",
-    Options=StateOffsetOptions,
-    allows=lambda component: component.role == "state.state_offset",
-    num_params=lambda shape, options: math.prod(shape),
-    optimizer_group="core",
-    make_state=_make_state,
-    value_kind="absolute",
 )

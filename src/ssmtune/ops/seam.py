@@ -44,6 +44,29 @@ class Call:
         edit = self.states.get(name)
         return edit() if edit is not None and edit.enabled else None
 
+    def add_offsets(
+        self,
+        output: torch.Tensor,
+        read_out: Callable[[torch.Tensor], torch.Tensor],
+        gate: Callable[[], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Return `output` with the trained offsets added in fp32, in its dtype; itself where there are none.
+
+        `read_out` reads the state offset as the recurrence reads its state; `gate` scales what is added to an output
+        that is gated already.
+        """
+        state, constant = self.state("state_offset"), self.state("output_offset")
+        if state is None and constant is None:
+            return output
+        added = torch.zeros_like(output, dtype=torch.float32)
+        if state is not None:
+            added = added + read_out(state)
+        if constant is not None:
+            added = added + constant
+        if gate is not None:
+            added = added * gate()
+        return (output.float() + added).to(output.dtype)
+
 
 def replace_methods(module: nn.Module, replacements: Mapping[str, Callable[..., Any]]) -> None:
     """Let `module` use `replacements` in place of its class's methods of the same names.

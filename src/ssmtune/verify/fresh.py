@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ssmtune.attach import base_name
 from ssmtune.base_digest import base_digest
 from ssmtune.errors import ConfigError
 from ssmtune.models import Dtype, load_model
@@ -28,10 +29,7 @@ def base_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
     for name, parameter in adapted.base_model.model.named_parameters():
         if id(parameter) in trained or ".lora_" in name:
             continue
-        owner, found, edited = name.partition(".parametrizations.")
-        if found:
-            name = f"{owner}.{edited.removesuffix('.original')}"
-        tensors[name.replace(".base_layer", "")] = parameter.detach()
+        tensors[base_name(name)] = parameter.detach()
     return tensors
 
 

@@ -11,7 +11,6 @@ from ssmtune.adapter_files import discarded_paths
 from ssmtune.attach import base_tensor, load, owner_of
 from ssmtune.errors import AttachError
 from ssmtune.merge import merge
-from ssmtune.methods.base import get_method
 from ssmtune.peft_layers import module_name
 from ssmtune.verify.base import Check, CheckResult, Subject
 from ssmtune.verify.forward import path_logits, relative_difference, tolerance
@@ -33,7 +32,7 @@ def _run(subject: Subject) -> CheckResult:
     the last place, limit 1.
     """
     copy = load(fresh_base(subject), subject.directory)
-    lasting = sorted({s.method for s in copy.plan.sites if not get_method(s.method).mergeable})
+    lasting = sorted({site.method for site in copy.plan.unmergeable})
     if lasting:
         refused = _merges_twice(copy) is False
         detail = f"{', '.join(lasting)} cannot be merged, and merging is {'refused' if refused else 'accepted'}"

@@ -13,6 +13,7 @@ from ssmtune.verify.base import Check, CheckResult, Subject
 
 if TYPE_CHECKING:
     from ssmtune.attach import AdaptedModel
+    from ssmtune.plan import Site
 
 SMALLEST_SHARE = 0.5
 """AdamW moves every element that has a gradient by about the learning rate, so in fp32 all of them move (measured:
@@ -30,7 +31,7 @@ def _run(subject: Subject) -> CheckResult:
         survivals = survival_report(adapted)
         low_rank = {s.path: s.changed for s in survivals if _has_factors(adapted, s.path)}
         core = {
-            site.path: _share_moved(adapted, site.path)
+            site.path: _share_moved(adapted, site)
             for site in adapted.plan.sites
             if site.container != "module" and not _has_factors(adapted, site.path)
         }
@@ -62,12 +63,12 @@ def _has_factors(adapted: AdaptedModel, path: str) -> bool:
     return any(get_method(s.method).value_kind == "factors" for s in adapted.plan.sites if s.path == path)
 
 
-def _share_moved(adapted: AdaptedModel, path: str) -> float:
-    edit: Any = adapted.edits[path]
-    if next(site for site in adapted.plan.sites if site.path == path).container == "state":
+def _share_moved(adapted: AdaptedModel, site: Site) -> float:
+    edit: Any = adapted.edits[site.key]
+    if site.container == "state":
         return float((edit() != 0).float().mean())
-    base = base_tensor(adapted.base_model.model, path)
-    return float((adapted.edits[path](base) != base).float().mean())
+    base = base_tensor(adapted.base_model.model, site.path)
+    return float((edit(base) != base).float().mean())
 
 
 def _one_per_role(adapted: AdaptedModel, paths: list[str]) -> str:
