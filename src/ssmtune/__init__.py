@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ssmtune.attach import AdaptedModel, attach, load
     from ssmtune.inventory import Inventory, take_inventory
     from ssmtune.merge import merge
-    from ssmtune.placement import Edit, Recipe
     from ssmtune.plan import Plan, make_plan
+    from ssmtune.recipe import Edit, Recipe
     from ssmtune.verify import verify
 
 __version__ = "0.1.0"
@@ -33,8 +33,8 @@ _WHERE = {
     "Inventory": "ssmtune.inventory",
     "take_inventory": "ssmtune.inventory",
     "merge": "ssmtune.merge",
-    "Edit": "ssmtune.placement",
-    "Recipe": "ssmtune.placement",
+    "Edit": "ssmtune.recipe",
+    "Recipe": "ssmtune.recipe",
     "Plan": "ssmtune.plan",
     "make_plan": "ssmtune.plan",
     "verify": "ssmtune.verify",

@@ -80,7 +80,7 @@ class AdaptedModel(PeftModelForCausalLM):
         }
 
     def optimizer_group(self, name: str) -> str:
-        """Return the optimiser group of a name from `trained_parameters`: "lora" or "core"."""
+        """Return the optimiser group of a name from `trained_parameters`: "lora", "core" or "state"."""
         for site in self.plan.sites:
             if site.container != "module" and (name == site.key or name.startswith(f"{site.key}.")):
                 return get_method(site.method).optimizer_group

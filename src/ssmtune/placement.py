@@ -1,68 +1,40 @@
-"""Placement: recipes, and which components of an inventory they select."""
+"""Placement: recipes by name, and which components of an inventory they select."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import field
-from typing import Any
-
-import pydantic
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 
 from ssmtune.component import GROUPS, Component
-from ssmtune.config import STRICT
 from ssmtune.errors import ConfigError, PlacementError, nearest
 from ssmtune.inventory import Inventory
-from ssmtune.methods.base import get_method
+from ssmtune.methods.base import get_method, method_names
+from ssmtune.recipe import EVERY_PROJECTION, Edit, Recipe
 
 TRANSFORMER_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The target list of transformer tutorials."""
 
-PLACEMENTS = ("attention", "recurrent", "mlp", "all", "random")
-PARTIAL = {"bitfit": "biases", "norm": "norm", "conv": "conv"}
-"""Recipes of partial tuning and what each selects."""
-STATES = {
-    "initial-state": ("initial_state", "state.initial_state"),
-    "state-offset-h": ("state_offset_h", "state.state_offset"),
-    "state-offset-y": ("state_offset_y", "state.output_offset"),
+CORE = Edit(method="core", select=("core",))
+PLACEMENTS = {
+    **{group: Edit(method="lora", select=(group,)) for group in EVERY_PROJECTION},
+    "all": Edit(method="lora", select=EVERY_PROJECTION),
+    "random": Edit(method="lora", select=EVERY_PROJECTION, share=0.5),
 }
-"""Recipes of additions to the recurrence: method and what it selects."""
-CONTROLS = ("control:core-discarded", "control:core-in-place")
-RECIPES = (
-    *(name + suffix for name in PLACEMENTS for suffix in ("", "+core")),
-    "core",
-    *PARTIAL,
-    *STATES,
-    "transformer-names",
-    *CONTROLS,
-)
+"""Where LoRA goes; each placement can be asked for with "+core"."""
 
 
-@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class Edit:
-    """Apply `method` with `options` to every component that `select` names.
-
-    `select` entries are groups ("attention"), roles ("ssm.in", "ssm.in.x") or "biases"; `modules` entries are module
-    names as used in target lists ("q_proj"); `layers` restricts either; `share` draws that part of the selected sites at
-    random.
-    """
-
-    method: str
-    select: tuple[str, ...] = ()
-    modules: tuple[str, ...] = ()
-    layers: tuple[int, ...] | None = None
-    share: float = pydantic.Field(default=1.0, gt=0, le=1)
-    seed: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
+def recipe_names() -> tuple[str, ...]:
+    """Names of all recipes: the placements, and what the method files declare."""
+    return tuple(_recipes())
 
 
-@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
-class Recipe:
-    """A named placement and method: what a YAML file under `recipe:` holds."""
-
-    name: str
-    edits: tuple[Edit, ...]
-    allow_unmatched: bool = False
+def _recipes() -> Mapping[str, tuple[Edit, ...]]:
+    placements = {name: (edit,) for name, edit in PLACEMENTS.items()}
+    with_core = {f"{name}+core": (*edits, CORE) for name, edits in placements.items()}
+    tutorial = {"transformer-names": (Edit(method="lora", modules=TRANSFORMER_NAMES),)}
+    declared = {name: edits for method in method_names() for name, edits in get_method(method).recipes.items()}
+    return {**placements, **with_core, **tutorial, **declared}
 
 
 def named_recipe(
@@ -76,38 +48,23 @@ def named_recipe(
 ) -> Recipe:
     """Return the recipe of that name. Raises `ConfigError` naming the nearest.
 
+    `rank`, `alpha` and `dropout` go to every edit whose method has such an option and for which the recipe does not
+    fix it; `seed` draws a random placement.
+
     >>> [edit.method for edit in named_recipe("all+core").edits]
     ['lora', 'core']
     """
-    if name not in RECIPES:
+    recipes = _recipes()
+    if name not in recipes:
         raise ConfigError(
-            f"recipe {name!r} does not exist; {nearest(name, RECIPES)}. A YAML file can hold one of your own."
+            f"recipe {name!r} does not exist; {nearest(name, recipes)}. A YAML file can hold one of your own."
         )
-    low_rank = {"rank": rank, "alpha": alpha, "dropout": dropout}
-    placement, _, core = name.removeprefix("control:").partition("+")
+    given = {"rank": rank, "alpha": alpha, "dropout": dropout}
     edits = []
-    if name == "transformer-names":
-        edits.append(Edit(method="lora", modules=TRANSFORMER_NAMES, options=low_rank))
-    elif name in PARTIAL:
-        edits.append(Edit(method="partial", select=(PARTIAL[name],)))
-    elif name in STATES:
-        method, role = STATES[name]
-        edits.append(Edit(method=method, select=(role,)))
-    elif name in CONTROLS:
-        edits.append(Edit(method="lora", select=("attention", "recurrent", "mlp"), options=low_rank))
-    elif placement == "random":
-        edits.append(
-            Edit(method="lora", select=("attention", "recurrent", "mlp"), share=0.5, seed=seed, options=low_rank)
-        )
-    elif placement != "core":
-        select = ("attention", "recurrent", "mlp") if placement == "all" else (placement,)
-        edits.append(Edit(method="lora", select=select, options=low_rank))
-    if core or placement == "core":
-        edits.append(Edit(method="core", select=("core",)))
-    if name == "control:core-discarded":
-        edits.append(Edit(method="core", select=("core",), options={"saved": False}))
-    if name == "control:core-in-place":
-        edits.append(Edit(method="core_in_place", select=("core",)))
+    for edit in recipes[name]:
+        known = {field.name for field in fields(get_method(edit.method).Options)}
+        options = {**{key: value for key, value in given.items() if key in known}, **edit.options}
+        edits.append(replace(edit, options=options, seed=seed))
     return Recipe(name=name, edits=tuple(edits), allow_unmatched=allow_unmatched)
 
 

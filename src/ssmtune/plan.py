@@ -12,8 +12,9 @@ from ssmtune.config import decode
 from ssmtune.errors import PlacementError, PlanMismatch
 from ssmtune.inventory import Inventory, take_inventory
 from ssmtune.methods.base import Container, Method, get_method
-from ssmtune.placement import Recipe, named_recipe, select_components
+from ssmtune.placement import named_recipe, select_components
 from ssmtune.probe import Uses, probe
+from ssmtune.recipe import Recipe
 from ssmtune.records import digest
 
 if TYPE_CHECKING:

@@ -141,13 +141,14 @@ class EditTrainer(SFTTrainer):
         return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with one group per optimiser group of the edits; the core has its own learning rate and no decay."""
+        """AdamW with one group per optimiser group of the edits; only projections decay."""
         optimizer: torch.optim.Optimizer | None = vars(self).get("optimizer")
         if optimizer is None:
             config = self.optimizer_config
             settings = {
                 "lora": {"lr": config.learning_rate, "weight_decay": config.weight_decay},
                 "core": {"lr": config.core_learning_rate, "weight_decay": 0.0},
+                "state": {"lr": config.state_learning_rate, "weight_decay": 0.0},
             }
             groups = [
                 {"name": name, "params": list(parameters.values()), **settings[name]}

@@ -24,8 +24,9 @@ from ssmtune.config import STRICT
 from ssmtune.errors import ConfigError, TrainingFailed
 from ssmtune.methods.lora import LoraOptions
 from ssmtune.models import Dtype, load_model, load_tokenizer, weightless
-from ssmtune.placement import Recipe, named_recipe
+from ssmtune.placement import named_recipe
 from ssmtune.plan import Plan, make_plan
+from ssmtune.recipe import Recipe
 from ssmtune.records import digest, new_record, read_record, write_json
 from ssmtune.training_data import DataConfig, TrainingData, prepare_data
 
@@ -40,14 +41,15 @@ TORCH_WRITE_FAILED = ("PytorchStreamWriter", "unexpected pos", "iostream error",
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimizerConfig:
-    """AdamW with a cosine schedule, one group for projections and one for the core.
+    """AdamW with a cosine schedule; projections, the core, and states or gates each form a group.
 
-    `clip="separate"` clips each group by its own norm; "joint" clips both by their common norm, where the core's
+    `clip="separate"` clips each group by its own norm; "joint" clips all by their common norm, where the core's
     gradients, which are much larger at first, scale the others down.
     """
 
     learning_rate: float = pydantic.Field(default=2e-4, gt=0)
     core_learning_rate: float = pydantic.Field(default=1e-3, gt=0)
+    state_learning_rate: float = pydantic.Field(default=1e-3, gt=0)
     weight_decay: float = pydantic.Field(default=0.01, ge=0)
     warmup_share: float = pydantic.Field(default=0.06, ge=0, lt=1)
     clip: Literal["separate", "joint"] = "separate"

@@ -31,13 +31,14 @@ from peft.utils import get_peft_model_state_dict
 from tolerances import LOGITS_FP32, LOGITS_MERGED, largest_difference
 
 from ssmtune.attach import attach, load
-from ssmtune.errors import AttachError, PlanMismatch
+from ssmtune.errors import AttachError, PlacementError, PlanMismatch
 from ssmtune.merge import merge
 from ssmtune.methods.base import get_method, method_names
 from ssmtune.models import auto_class
 from ssmtune.packing import PackedCollator
-from ssmtune.placement import Edit, Recipe, named_recipe
+from ssmtune.placement import named_recipe
 from ssmtune.plan import Plan, make_plan
+from ssmtune.recipe import Edit, Recipe
 
 Company = tuple[str, Case, str]
 """A method, a case, and "whole" tensors or "rows": every role that the method allows there, in one plan."""
@@ -49,8 +50,26 @@ def allowed_roles(method: str, case: Case, part: str) -> list[str]:
     return sorted({c.role for c in among if get_method(method).allows(c)})
 
 
+EVERYWHERE = ("lora", "core")
+"""Methods that meet every config of every family; the others meet every family, in the configs that have their roles."""
+
+
+def companies(method: str, part: str) -> Iterator[Company]:
+    """The cases that the method is tried on: as few of each family as show every role that it allows there."""
+    for _, members in itertools.groupby(CASES, key=lambda case: case[0]):
+        roles = {case: set(allowed_roles(method, case, part)) for case in members}
+        if method in EVERYWHERE:
+            yield from ((method, case, part) for case in roles if roles[case])
+            continue
+        missing = set().union(*roles.values())
+        while missing:
+            case = max(roles, key=lambda case: len(roles[case] & missing))
+            yield method, case, part
+            missing -= roles[case]
+
+
 COMPANIES: tuple[Company, ...] = tuple(
-    company for company in itertools.product(method_names(), CASES, ("whole", "rows")) if allowed_roles(*company)
+    company for method in method_names() for part in ("whole", "rows") for company in companies(method, part)
 )
 COMPANY_IDS = tuple(f"{method}-{'-'.join(case)}-{part}" for method, case, part in COMPANIES)
 
@@ -132,6 +151,23 @@ def first_gradients(adapted: Any, tokens: torch.Tensor) -> dict[str, torch.Tenso
     adapted.zero_grad()
     loss_of(adapted, tokens).backward()
     return {name: p.grad for name, p in adapted.trained_parameters().items()}
+
+
+DECLARED = tuple(name for method in method_names() for name in get_method(method).recipes)
+
+
+@pytest.mark.parametrize("recipe", DECLARED)
+def test_every_declared_recipe_fits_some_family(recipe: str) -> None:
+    """A recipe in a method's file is planned, attached and counted on the first family that has what it selects."""
+    for case in FIRST_CASES.values():
+        try:
+            plan = make_plan(tiny_model(case), recipe)
+        except PlacementError:
+            continue
+        built = sum(p.numel() for p in attached(plan, case, moved=False).trained_parameters().values())
+        assert built == plan.trainable > 0
+        return
+    pytest.fail(f"recipe {recipe!r} fits no family")
 
 
 def test_every_method_is_enrolled() -> None:

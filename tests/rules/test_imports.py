@@ -18,7 +18,7 @@ ROOT = Path(ssmtune.__file__).parent
 
 ORDER = (
     {"errors"},
-    {"config", "records", "stats", "cache", "packing", "discovery", "component"},
+    {"config", "records", "stats", "cache", "packing", "discovery", "component", "recipe"},
     {"ops"},
     {"families", "methods", "tasks", "data", "models", "s4d_model", "llamacpp"},
     {"operations", "base_digest"},

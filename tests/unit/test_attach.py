@@ -16,8 +16,8 @@ from ssmtune.attach import AdaptedModel, attach, load
 from ssmtune.errors import AttachError, PlacementError, PlanMismatch
 from ssmtune.merge import merge
 from ssmtune.methods import core
-from ssmtune.placement import Edit, Recipe
 from ssmtune.plan import make_plan
+from ssmtune.recipe import Edit, Recipe
 
 DENSE = ("granite_hybrid", "dense")
 

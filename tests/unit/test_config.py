@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ssmtune.config import decode, load_yaml, read_mapping
 from ssmtune.errors import ConfigError, nearest
-from ssmtune.placement import Edit, Recipe
+from ssmtune.recipe import Edit, Recipe
 from ssmtune.train import OptimizerConfig, TrainConfig, to_settings
 from ssmtune.training_data import DataConfig
 

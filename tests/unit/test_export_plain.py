@@ -22,8 +22,8 @@ from ssmtune.export.factors import full_row_factors, stack_factors
 from ssmtune.export.plain import own_logits
 from ssmtune.families.base import get_family
 from ssmtune.models import load_model, load_tokenizer
-from ssmtune.placement import Edit, Recipe
 from ssmtune.plan import Site, make_plan
+from ssmtune.recipe import Edit, Recipe
 from ssmtune.verify.forward import STEP_TOLERANCE
 
 SAME = STEP_TOLERANCE[torch.float32]

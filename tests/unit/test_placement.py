@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 from ssmtune.errors import ConfigError, PlacementError
 from ssmtune.families.base import get_family
 from ssmtune.inventory import Inventory, take_inventory
-from ssmtune.placement import RECIPES, TRANSFORMER_NAMES, Edit, Recipe, named_recipe, select_components
+from ssmtune.methods.base import get_method, method_names
+from ssmtune.placement import TRANSFORMER_NAMES, named_recipe, recipe_names, select_components
 from ssmtune.plan import make_plan
+from ssmtune.recipe import Edit, Recipe
 
 
 @lru_cache
@@ -95,21 +97,14 @@ def test_state_recipes_train_no_tensor_of_the_model() -> None:
     assert {s.shape for s in make_plan(model(), "state-offset-y").sites} == {(8, 8)}
 
 
-def test_every_recipe_name_is_covered_here() -> None:
-    """A new name needs a test of its own above."""
+def test_recipe_names_are_the_placements_and_what_methods_declare() -> None:
     placements = {f"{p}{c}" for p in ("attention", "recurrent", "mlp", "all", "random") for c in ("", "+core")}
-    assert set(RECIPES) == placements | {
-        "core",
-        "bitfit",
-        "norm",
-        "conv",
-        "initial-state",
-        "state-offset-h",
-        "state-offset-y",
-        "transformer-names",
-        "control:core-discarded",
-        "control:core-in-place",
-    }
+    declared = [name for method in method_names() for name in get_method(method).recipes]
+    assert len(set(declared)) == len(declared)
+    assert set(recipe_names()) == placements | {"transformer-names"} | set(declared)
+    for method in method_names():
+        for name, edits in get_method(method).recipes.items():
+            assert method in {edit.method for edit in edits}, name
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from ssmtune.errors import PlacementError, PlanMismatch
 from ssmtune.families.base import get_family
 from ssmtune.methods.base import get_method
 from ssmtune.models import empty_model
-from ssmtune.placement import Edit, Recipe
 from ssmtune.plan import Plan, make_plan
 from ssmtune.probe import Uses, probe
+from ssmtune.recipe import Edit, Recipe
 
 MICRO = Path(__file__).parents[1] / "data" / "granite_4_h_micro.json"
 

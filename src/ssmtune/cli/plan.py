@@ -28,8 +28,9 @@ def plan(
     from ssmtune.config import load_yaml
     from ssmtune.inventory import coverage_table, take_inventory
     from ssmtune.models import empty_model
-    from ssmtune.placement import Recipe, named_recipe
+    from ssmtune.placement import named_recipe
     from ssmtune.plan import make_plan
+    from ssmtune.recipe import Recipe
 
     chosen: Recipe
     if recipe.endswith((".yaml", ".yml", ".json")) or Path(recipe).is_file():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ssmtune.methods.base import Method, NoOptions, num_elements
+from ssmtune.recipe import Edit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,8 +21,8 @@ def _make_state(shape: Sequence[int], options: object) -> nn.Module:
     return State(shape)
 
 
-def offset_method(role: str, *, summary: str, formula: str, overhead: str) -> Method:
-    """Return the method that trains the offset with this role."""
+def offset_method(name: str, role: str, *, summary: str, formula: str, overhead: str) -> Method:
+    """Return the method in the file `name`, which trains the offset with this role."""
     return Method(
         in_module=False,
         summary=summary,
@@ -32,7 +33,8 @@ def offset_method(role: str, *, summary: str, formula: str, overhead: str) -> Me
         Options=NoOptions,
         allows=lambda component: component.role == role,
         num_params=num_elements,
-        optimizer_group="core",
+        optimizer_group="state",
         make_state=_make_state,
         value_kind="absolute",
+        recipes={name.replace("_", "-"): (Edit(method=name, select=(role,)),)},
     )

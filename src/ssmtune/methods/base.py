@@ -6,8 +6,8 @@ A method knows roles and shapes, never architectures.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pydantic
@@ -15,6 +15,7 @@ import pydantic
 from ssmtune.config import STRICT
 from ssmtune.discovery import load_constant, module_names
 from ssmtune.errors import ConfigError, nearest
+from ssmtune.recipe import Edit
 
 if TYPE_CHECKING:
     import torch
@@ -76,10 +77,13 @@ class Method:
     """Whether the method can edit a component."""
     num_params: Callable[[Sequence[int], Any], int]
     """(shape of the site, options) -> trained parameters, exactly."""
-    optimizer_group: Literal["lora", "core"]
+    optimizer_group: Literal["lora", "core", "state"]
+    """Which learning rate and clipping it has (`train.OptimizerConfig`); only "lora" decays."""
     make_edit: Callable[[torch.Tensor, Rows, Any], torch.nn.Module] | None = None
     make_state: Callable[[Sequence[int], Any], torch.nn.Module] | None = None
     value_kind: Literal["factors", "delta", "absolute"] = "factors"
+    recipes: Mapping[str, tuple[Edit, ...]] = field(default_factory=dict)
+    """Recipes that this method brings, by name."""
 
 
 def method_names() -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch import nn
 from ssmtune.config import STRICT
 from ssmtune.methods._delta import Delta
 from ssmtune.methods.base import Method, Rows, num_elements
+from ssmtune.recipe import EVERY_PROJECTION, Edit
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -43,4 +44,11 @@ METHOD = Method(
     optimizer_group="core",
     make_edit=make_delta,
     value_kind="delta",
+    recipes={
+        "core": (Edit(method="core", select=("core",)),),
+        "control:core-discarded": (
+            Edit(method="lora", select=EVERY_PROJECTION),
+            Edit(method="core", select=("core",), options={"saved": False}),
+        ),
+    },
 )

@@ -14,6 +14,7 @@ from torch import nn
 from ssmtune.methods import core
 from ssmtune.methods.base import Rows
 from ssmtune.methods.core import CoreOptions
+from ssmtune.recipe import EVERY_PROJECTION, Edit
 
 
 class InPlace(nn.Module):
@@ -44,4 +45,10 @@ METHOD = replace(
     source="Ford 2026 (Granite study, V3 and V4 as released)",
     make_edit=_make_edit,
     value_kind="absolute",
+    recipes={
+        "control:core-in-place": (
+            Edit(method="lora", select=EVERY_PROJECTION),
+            Edit(method="core_in_place", select=("core",)),
+        ),
+    },
 )

@@ -16,6 +16,7 @@ import pydantic
 from ssmtune.config import STRICT
 from ssmtune.methods._offset import STATE_FORMULA
 from ssmtune.methods.base import Method, num_elements
+from ssmtune.recipe import Edit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +47,8 @@ METHOD = Method(
     Options=InitialStateOptions,
     allows=lambda component: component.role == "state.initial_state",
     num_params=num_elements,
-    optimizer_group="core",
+    optimizer_group="state",
     make_state=_make_state,
     value_kind="absolute",
+    recipes={"initial-state": (Edit(method="initial_state", select=("state.initial_state",)),)},
 )

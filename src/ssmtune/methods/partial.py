@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ssmtune.methods.base import Method, NoOptions, Rows, num_elements
+from ssmtune.recipe import Edit
 
 if TYPE_CHECKING:
     import torch
@@ -46,4 +47,8 @@ METHOD = Method(
     optimizer_group="core",
     make_edit=_make_edit,
     value_kind="delta",
+    recipes={
+        name: (Edit(method="partial", select=(selected,)),)
+        for name, selected in (("bitfit", "biases"), ("norm", "norm"), ("conv", "conv"))
+    },
 )

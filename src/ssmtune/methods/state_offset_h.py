@@ -9,6 +9,7 @@ from __future__ import annotations
 from ssmtune.methods._offset import STATE_FORMULA, offset_method
 
 METHOD = offset_method(
+    "state_offset_h",
     "state.state_offset",
     summary="A constant added to the state at every read-out.",
     formula=STATE_FORMULA,

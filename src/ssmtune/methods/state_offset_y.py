@@ -9,6 +9,7 @@ from __future__ import annotations
 from ssmtune.methods._offset import offset_method
 
 METHOD = offset_method(
+    "state_offset_y",
     "state.output_offset",
     summary="A constant added to the recurrence's output, before gate and norm.",
     formula="elements of the output (Mamba-1: D_in; Mamba-2: H P; Gated DeltaNet: H_v d_v)",
