@@ -24,8 +24,19 @@ BF16_ROUND_ONCE = 2.0**-8
 # contributes a few eps of its activations' size (up to ~10); 1e-5 leaves no room for a missed token or document.
 LOGITS_FP32 = 1e-5
 
+# What the above becomes where a model amplifies: this many times what one rounding of its embeddings does to the logits
+# (`contracts.tiny.rounding_effect`), at most AMPLIFIED. Over all families and several processors the order of a sum was
+# worth 0.1 to 1.6 of that effect; a missed token or document is worth thousands.
+ROUNDINGS = 4
+AMPLIFIED = 1e-4
+
 # Logits of a merged model: the weight is rounded once to fp32 and the products are summed in another order.
 LOGITS_MERGED = 2e-5
+
+# Logits against a family's forward in transformers, where that computes less exactly than ours, beside the bounds above.
+# Its RG-LRU forms 1 - a^2 from a rounded a, which cancels where a gate is nearly closed: up to 4.5e-5 were seen against
+# ours, which agrees with itself to 2e-6.
+PLAIN_FORWARD = {"recurrent_gemma": 2e-4}
 
 # Losses and weights of two equal runs that sum their gradients in another order (accumulated, packed): relative.
 # Adam divides by the root of the second moment, so a relative difference in a gradient passes through undamped.

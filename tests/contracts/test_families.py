@@ -18,6 +18,7 @@ from contracts.tiny import (
     RECURRENT_CASES,
     RECURRENT_IDS,
     Case,
+    assert_same_logits,
     cache_of,
     cached,
     logits_of,
@@ -27,7 +28,7 @@ from contracts.tiny import (
     tiny_model,
     tiny_tokens,
 )
-from tolerances import LOGITS_FP32, largest_difference
+from tolerances import LOGITS_FP32, PLAIN_FORWARD, largest_difference
 
 from ssmtune.errors import UnsupportedModel
 from ssmtune.families.base import IGNORED_CONFIG, check_config, family_names, find_family, get_family
@@ -287,7 +288,8 @@ def test_operations_come_off_without_a_trace(case: Case) -> None:
 @every_running
 def test_equals_the_untouched_model(case: Case, running: Any) -> None:
     tokens = tiny_tokens(case, 2, 37)
-    assert largest_difference(logits_of(running, tokens), logits_of(tiny_model(case), tokens)) <= LOGITS_FP32
+    limit = PLAIN_FORWARD.get(case[0], LOGITS_FP32)
+    assert_same_logits(logits_of(running, tokens), logits_of(tiny_model(case), tokens), running, tokens, limit)
 
 
 @every_running
@@ -296,7 +298,7 @@ def test_training_mode_equals_eval_mode(case: Case, running: Any) -> None:
     expected = logits_of(running, tokens)
     running.train()
     try:
-        assert largest_difference(logits_of(running, tokens, use_cache=False), expected) <= LOGITS_FP32
+        assert_same_logits(logits_of(running, tokens, use_cache=False), expected, running, tokens)
     finally:
         running.eval()
 
@@ -311,7 +313,7 @@ def test_token_by_token_equals_full_sequence(case: Case, running: Any) -> None:
             out = running(input_ids=tokens[:, t : t + 1], use_cache=True, **cached(case, cache))
             cache = cache_of(case, out)
             pieces.append(out.logits)
-    assert largest_difference(torch.cat(pieces, dim=1), expected) <= LOGITS_FP32
+    assert_same_logits(torch.cat(pieces, dim=1), expected, running, tokens)
 
 
 @pytest.mark.parametrize("cut", [2, 11, 20])
@@ -325,7 +327,7 @@ def test_prefill_in_two_chunks_equals_full_sequence(case: Case, running: Any, cu
         second = running(input_ids=tokens[:, cut:22], use_cache=True, **cached(case, cache_of(case, first)))
         third = running(input_ids=tokens[:, 22:], use_cache=True, **cached(case, cache_of(case, second)))
     found = torch.cat([first.logits, second.logits, third.logits], dim=1)
-    assert largest_difference(found, expected) <= LOGITS_FP32
+    assert_same_logits(found, expected, running, tokens)
 
 
 @every_running
@@ -357,8 +359,7 @@ def test_packed_equals_separate_documents(case: Case, running: Any) -> None:
         for length in row:
             document = batch["input_ids"][index, start : start + length][None]
             alone = logits_of(running, document)[0]
-            difference = largest_difference(packed[index, start : start + length], alone)
-            assert difference <= LOGITS_FP32, (index, start, difference)
+            assert_same_logits(packed[index, start : start + length], alone, running, document)
             start += length
 
 
@@ -367,7 +368,10 @@ def test_unpacked_row_would_leak(case: Case, running: Any) -> None:
     """The comparison above can fail: without position ids the second document sees the first."""
     tokens = tiny_tokens(case, 1, 14)
     joined = logits_of(running, tokens)[:, 7:]
-    assert largest_difference(joined, logits_of(running, tokens[:, 7:])) > 100 * LOGITS_FP32
+    alone = logits_of(running, tokens[:, 7:])
+    assert largest_difference(joined, alone) > 100 * LOGITS_FP32
+    with pytest.raises(AssertionError):
+        assert_same_logits(joined, alone, running, tokens)
 
 
 @pytest.mark.parametrize("pad_token", [0, 42])
@@ -387,8 +391,7 @@ def test_padding_changes_nothing(case: Case, running: Any, side: str, pad_token:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     found = logits_of(running, ids, attention_mask=mask, position_ids=positions)
     for index, document in enumerate(documents):
-        difference = largest_difference(found[index, spans[index]], logits_of(running, document)[0])
-        assert difference <= LOGITS_FP32, (index, difference)
+        assert_same_logits(found[index, spans[index]], logits_of(running, document)[0], running, document)
 
 
 @every_running
@@ -428,4 +431,4 @@ def test_step_after_a_left_padded_prefill_equals_the_document_alone(case: Case, 
         )
     for index, document in enumerate(documents):
         expected = logits_of(running, document)[0, -1]
-        assert largest_difference(step.logits[index, -1], expected) <= LOGITS_FP32, index
+        assert_same_logits(step.logits[index, -1], expected, running, document)

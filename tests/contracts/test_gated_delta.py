@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from contracts.tiny import CASES, Case, logits_of, tiny_inventory, tiny_model, tiny_tokens
+from contracts.tiny import CASES, Case, assert_same_logits, logits_of, tiny_inventory, tiny_model, tiny_tokens
 from tolerances import LOGITS_FP32, largest_difference
 
 from ssmtune.families.base import get_family
@@ -153,7 +153,7 @@ def test_stacked_positions_keep_documents_apart() -> None:
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     found = logits_of(model, tokens, position_ids=positions.expand(4, 1, -1), use_cache=False)
     alone = torch.cat([logits_of(model, tokens[:, :5]), logits_of(model, tokens[:, 5:])], dim=1)
-    assert largest_difference(found, alone) <= LOGITS_FP32
+    assert_same_logits(found, alone, model, tokens)
 
 
 @every_delta_case
@@ -164,4 +164,4 @@ def test_packed_rows_shorter_than_the_convolution_fit_a_new_cache(case: Case) ->
     tokens = tiny_tokens(case, 1, 2)
     packed = logits_of(model, tokens, position_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True)
     alone = torch.cat([logits_of(model, tokens[:, :1]), logits_of(model, tokens[:, 1:])], dim=1)
-    assert largest_difference(packed, alone) <= LOGITS_FP32
+    assert_same_logits(packed, alone, model, tokens)

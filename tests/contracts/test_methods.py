@@ -15,6 +15,7 @@ from contracts.tiny import (
     CASE_IDS,
     CASES,
     Case,
+    assert_same_logits,
     cache_of,
     cached,
     logits_of,
@@ -28,7 +29,7 @@ from contracts.tiny import (
 )
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
-from tolerances import LOGITS_FP32, LOGITS_MERGED, largest_difference
+from tolerances import LOGITS_FP32, LOGITS_MERGED, PLAIN_FORWARD, largest_difference
 
 from ssmtune.attach import attach, load
 from ssmtune.errors import AttachError, PlacementError, PlanMismatch
@@ -196,7 +197,8 @@ def test_starts_as_the_identity(company: Company, fresh: Any) -> None:
     _, case, _ = company
     tokens = tiny_tokens(case, 2, 17)
     expected = logits_of(tiny_model(case), tokens)
-    assert largest_difference(logits_of(fresh, tokens), expected) <= LOGITS_FP32
+    limit = PLAIN_FORWARD.get(case[0], LOGITS_FP32)
+    assert_same_logits(logits_of(fresh, tokens), expected, fresh, tokens, limit)
     with fresh.disable_adapter():
         off = logits_of(fresh, tokens)
     # At its start an adapter adds exactly zero: on and off are the same bits.
@@ -286,7 +288,8 @@ def test_merged_equals_adapted_at_every_role(company: Company) -> None:
         return
     merged = merge(adapted)
     assert type(merged) is type(tiny_model(case))
-    assert largest_difference(logits_of(merged, tokens), expected) <= LOGITS_MERGED
+    limit = PLAIN_FORWARD.get(case[0], LOGITS_MERGED)
+    assert_same_logits(logits_of(merged, tokens), expected, merged, tokens, limit)
 
 
 @every_running
@@ -301,8 +304,8 @@ def test_adapted_token_by_token_equals_full_sequence(case: Case, running: Any) -
             pieces.append(out.logits)
         first = running(input_ids=tokens[:, :6], use_cache=True)
         second = running(input_ids=tokens[:, 6:], use_cache=True, **cached(case, cache_of(case, first)))
-    assert largest_difference(torch.cat(pieces, dim=1), expected) <= LOGITS_FP32
-    assert largest_difference(torch.cat([first.logits, second.logits], dim=1), expected) <= LOGITS_FP32
+    assert_same_logits(torch.cat(pieces, dim=1), expected, running, tokens)
+    assert_same_logits(torch.cat([first.logits, second.logits], dim=1), expected, running, tokens)
 
 
 @every_running
@@ -326,8 +329,8 @@ def test_adapted_packed_equals_separate(case: Case, running: Any) -> None:
     packed = logits_of(running, batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
     start = 0
     for length in lengths:
-        alone = logits_of(running, batch["input_ids"][:, start : start + length])
-        assert largest_difference(packed[:, start : start + length], alone) <= LOGITS_FP32
+        document = batch["input_ids"][:, start : start + length]
+        assert_same_logits(packed[:, start : start + length], logits_of(running, document), running, document)
         start += length
 
 
@@ -342,7 +345,7 @@ def test_adapted_padding_changes_nothing(case: Case, running: Any, side: str) ->
     mask[:, slice(0, 5) if side == "left" else slice(7, None)] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     found = logits_of(running, ids, attention_mask=mask, position_ids=positions)[:, real]
-    assert largest_difference(found, logits_of(running, document)) <= LOGITS_FP32
+    assert_same_logits(found, logits_of(running, document), running, document)
 
 
 @every_whole
@@ -398,7 +401,7 @@ def test_plain_peft_gives_the_same_or_fails_loudly(recipe: str, case: Case, tmp_
             PeftModel.from_pretrained(tiny_model(case), tmp_path)
         return
     stock = PeftModel.from_pretrained(tiny_model(case), tmp_path).eval()
-    assert largest_difference(logits_of(stock, tokens), expected) <= LOGITS_FP32
+    assert_same_logits(logits_of(stock, tokens), expected, stock, tokens, PLAIN_FORWARD.get(case[0], LOGITS_FP32))
     ours = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     assert get_peft_model_state_dict(stock, save_embedding_layers=False).keys() == ours.keys()
 
@@ -415,13 +418,13 @@ def test_merged_equals_adapted_and_survives_a_save(recipe: str, case: Case, tmp_
     merged.save_pretrained(tmp_path)
     saved = {name: value.clone() for name, value in merged.state_dict().items()}
     found = logits_of(merged, tokens)
-    assert largest_difference(found, expected) <= LOGITS_MERGED
+    assert_same_logits(found, expected, merged, tokens, PLAIN_FORWARD.get(case[0], LOGITS_MERGED))
     reloaded = auto_class(merged.config).from_pretrained(tmp_path).eval()
     # The weights are the same bits. The logits may round differently: where a tensor starts in memory decides in which
     # order its products are summed.
     for name, value in saved.items():
         assert torch.equal(reloaded.state_dict()[name], value), name
-    assert largest_difference(logits_of(reloaded, tokens), found) <= LOGITS_FP32
+    assert_same_logits(logits_of(reloaded, tokens), found, reloaded, tokens, PLAIN_FORWARD.get(case[0], LOGITS_FP32))
 
 
 @every_fullest
@@ -454,7 +457,7 @@ def test_merged_model_takes_a_new_adapter(recipe: str, case: Case) -> None:
     tokens = tiny_tokens(case, 1, 9)
     expected = logits_of(merged, tokens)
     again = attach(merged, whole_plan(recipe, case)).eval()
-    assert largest_difference(logits_of(again, tokens), expected) <= LOGITS_FP32
+    assert_same_logits(logits_of(again, tokens), expected, again, tokens, PLAIN_FORWARD.get(case[0], LOGITS_FP32))
 
 
 @every_whole
@@ -524,7 +527,8 @@ def test_disabled_adapter_is_the_base(recipe: str, case: Case) -> None:
     on = logits_of(adapted, tokens)
     with adapted.disable_adapter():
         off = logits_of(adapted, tokens)
-    assert largest_difference(off, logits_of(tiny_model(case), tokens)) <= LOGITS_FP32
+    limit = PLAIN_FORWARD.get(case[0], LOGITS_FP32)
+    assert_same_logits(off, logits_of(tiny_model(case), tokens), adapted, tokens, limit)
     assert torch.equal(logits_of(adapted, tokens), on)
     assert {id(p) for p in adapted.parameters() if p.requires_grad} == {
         id(p) for p in adapted.trained_parameters().values()

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from tolerances import AMPLIFIED, FP32_EPS, LOGITS_FP32, ROUNDINGS, largest_difference
 
 from ssmtune.families.base import family_names, get_family
 from ssmtune.inventory import Inventory, take_inventory
@@ -136,6 +137,32 @@ def logits_of(model: Any, input_ids: torch.Tensor, **options: Any) -> torch.Tens
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=input_ids, **options).logits
     return logits
+
+
+def rounding_effect(model: Any, input_ids: torch.Tensor) -> float:
+    """Largest difference of the logits when each element of the embeddings [B, T, d] is off by one rounding, up or down."""
+    generator = torch.Generator().manual_seed(0)
+
+    def nudge(_: torch.nn.Module, __: Any, embeddings: torch.Tensor) -> torch.Tensor:
+        signs = torch.randint(0, 2, embeddings.shape, generator=generator) * 2 - 1
+        return embeddings * (1 + FP32_EPS * signs)
+
+    expected = logits_of(model, input_ids)
+    handle = model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        return max(largest_difference(logits_of(model, input_ids), expected) for _ in range(4))
+    finally:
+        handle.remove()
+
+
+def assert_same_logits(
+    found: torch.Tensor, expected: torch.Tensor, model: Any, input_ids: torch.Tensor, limit: float = LOGITS_FP32
+) -> None:
+    """Two ways to the same logits agree to `limit`, or to what rounding alone does to `model` on `input_ids`."""
+    difference = largest_difference(found, expected)
+    if difference > limit:
+        limit = max(limit, min(AMPLIFIED, ROUNDINGS * rounding_effect(model, input_ids)))
+    assert difference <= limit
 
 
 def operation_names(case: Case) -> set[str]:
