@@ -243,7 +243,7 @@ def _apply_states(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdi
         parent, _, name = site.path.rpartition(".")
         module = model.get_submodule(parent)
         options = decode(method.Options, site.options, where=f"plan, {site.path}")
-        edit = method.make_state(site.shape, options).to(next(module.parameters()).device)
+        edit = method.make_state(site.shape, options).to(next(module.parameters(), next(model.parameters())).device)
         module.add_module(name, edit)
         edits[site.key] = cast(TensorEdit, edit)
 

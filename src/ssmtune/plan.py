@@ -183,9 +183,11 @@ def _container(model: PreTrainedModel, component: Component, method: Method, inv
     shared = component.path in inventory.tied.values()
     if not method.in_module or component.rows is not None or shared:
         return "tensor"
-    if len(component.shape) == 3:
-        return "module"
     owner = model.get_submodule(component.path.rpartition(".")[0])
+    if len(component.shape) == 3:
+        # PEFT wraps the owner of a packed tensor, which renames the tensors of the modules in it and takes its inputs by
+        # position; where there are such modules (Zamba's mixer), the tensor is edited by itself.
+        return "tensor" if any(True for child in owner.children() for _ in child.parameters()) else "module"
     is_called = isinstance(owner, nn.Linear) and component.access == "module"
     return "module" if is_called and not _is_redirected(model, component.path.removesuffix(".weight")) else "tensor"
 

@@ -157,3 +157,22 @@ def test_a_state_cannot_be_merged(case: Case, make: Make, run: Run) -> None:
     monkey = import_module("ssmtune.merge")
     with pytest.raises(AttachError, match="cannot merge: method initial_state"):
         monkey.merge(make("initial-state", base=tiny_model(case)))
+
+
+def test_a_merge_that_is_off_in_one_matrix_of_a_stack(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zamba's x_proj is one tensor of a matrix per head, edited as such: far below what the logits would show."""
+    merge = import_module("ssmtune.merge")
+    exact = merge.effective_tensors
+
+    def off(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
+        tensors = exact(adapted)
+        path = next(path for path in tensors if path.endswith("x_proj_weight"))
+        tensors[path][1] *= 1 + 1e-6
+        return tensors
+
+    adapted = make(base=tiny_model(("zamba", "odd")))
+    assert run("merge", adapted).ok
+    adapted = make(base=tiny_model(("zamba", "odd")))
+    monkeypatch.setattr(merge, "effective_tensors", off)
+    result = run("merge", adapted)
+    assert not result.ok and "x_proj_weight" in result.where

@@ -35,7 +35,7 @@ def test_every_operation_is_right_here() -> None:
     names = {name.partition("/")[0] for name in report.checks}
     assert names == {
         *("causal_conv1d", "causal_conv1d_update", "mamba1_selective_scan", "mamba1_state_update"),
-        *("mamba2_chunk_scan", "selective_state_update", "rg_lru", "rwkv_wkv", "gated_rms_norm"),
+        *("mamba2_chunk_scan", "selective_state_update", "rg_lru", "rwkv_wkv", "mlstm", "gated_rms_norm"),
         *("gated_delta_rule", "gated_delta_rule_update", "gated_delta_rule_kda", "gated_delta_rule_kda_update"),
     }
     assert {name.partition("/")[2] for name in report.checks} == {"float32", "bfloat16"}

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from contracts.tiny import tiny_model, tiny_tokens
+from contracts.tiny import assert_same_logits, loss_of, tiny_config, tiny_model, tiny_tokens
 from tolerances import LOGITS_FP32, largest_difference
 from transformers import RwkvConfig, RwkvForCausalLM
 
+from ssmtune.attach import attach
+from ssmtune.errors import AttachError, UnsupportedModel
 from ssmtune.families.base import get_family
+from ssmtune.inventory import take_inventory
+from ssmtune.models import weightless
 from ssmtune.operations import install_operations
+from ssmtune.plan import make_plan
+from ssmtune.recipe import Edit, Recipe
 
 
 @contextmanager
@@ -72,7 +79,7 @@ def test_recurrent_gemma_keeps_two_caches_apart() -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [("rwkv", "dense"), ("recurrent_gemma", "dense"), ("lfm2", "biases")],
+    [("rwkv", "dense"), ("recurrent_gemma", "dense"), ("lfm2", "biases"), ("xlstm", "dense")],
     ids="-".join,
 )
 @pytest.mark.parametrize("kind", ["packed", "padded"])
@@ -98,7 +105,7 @@ def test_recomputed_layers_see_their_own_call(case: tuple[str, str], kind: str) 
         assert largest_difference(grads[1][name], expected) <= LOGITS_FP32, name
 
 
-@pytest.mark.parametrize("family", ["rwkv", "recurrent_gemma", "lfm2", "s4d"])
+@pytest.mark.parametrize("family", ["rwkv", "recurrent_gemma", "lfm2", "s4d", "xlstm"])
 def test_a_row_may_begin_in_the_second_chunk(family: str) -> None:
     """Left padding longer than the first chunk: what the cache holds of that row then is no sequence yet."""
     case = (family, "dense")
@@ -118,13 +125,13 @@ def test_a_row_may_begin_in_the_second_chunk(family: str) -> None:
         for index, document in enumerate(documents):
             expected = model(document, use_cache=False).logits[0]
             found = torch.cat([first.logits, second.logits], dim=1)[index, -document.shape[1] :]
-            assert largest_difference(found, expected) <= LOGITS_FP32, index
+            assert_same_logits(found, expected, model, document)
 
 
 @pytest.mark.parametrize(
     "case",
     [("llama", "dense"), ("mistral", "sliding"), ("qwen3", "sliding"), ("gemma", "dense"), ("lfm2", "biases")]
-    + [("recurrent_gemma", "dense"), ("rwkv", "dense"), ("s4d", "dense")],
+    + [("recurrent_gemma", "dense"), ("rwkv", "dense"), ("s4d", "dense"), ("xlstm", "dense")],
     ids="-".join,
 )
 def test_packed_documents_stay_apart_where_a_cache_is_filled(case: tuple[str, str]) -> None:
@@ -135,3 +142,47 @@ def test_packed_documents_stay_apart_where_a_cache_is_filled(case: tuple[str, st
         packed = model(tokens, position_ids=positions, use_cache=True).logits[0]
         alone = [model(part, use_cache=False).logits[0] for part in tokens.split([2, 5, 7], dim=1)]
     assert largest_difference(packed, torch.cat(alone)) <= LOGITS_FP32
+
+
+def test_xlstm_refuses_what_would_not_reach_its_layers() -> None:
+    """A cache that is written in place, and documents or padding in rows that transformers runs in pieces."""
+    case = ("xlstm", "dense")
+    model = tiny_model(case)
+    tokens = tiny_tokens(case, 1, 9)
+    plain = model(tokens, use_cache=True).cache_params
+    with _running(model, "xlstm"), torch.no_grad():
+        with pytest.raises(AttachError, match="cache_params of class xLSTMCache.*Pass none"):
+            model(tokens, cache_params=plain)
+        expected = model(tokens, use_cache=False).logits
+        model.config.max_inference_chunksize = 4
+        assert_same_logits(model(tokens, use_cache=False).logits, expected, model, tokens)
+        with pytest.raises(AttachError, match=r"9 steps .*config\.max_inference_chunksize=4 in pieces"):
+            model(tokens, position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]]))
+
+
+def test_zamba_gives_every_head_its_own_channels_of_a_state() -> None:
+    """With only the second of three heads let through, only its channels of what is added to the recurrence learn."""
+    case = ("zamba", "odd")
+    model = tiny_model(case)
+    mixer = model.model.layers[1].mamba
+    seen = slice(mixer.mamba_head_dim, 2 * mixer.mamba_head_dim)
+    with torch.no_grad():
+        kept = mixer.out_proj.weight[:, seen].clone()
+        mixer.out_proj.weight.zero_()[:, seen] = kept
+    states = {"initial_state": "initial_state", "state_offset_h": "state_offset", "state_offset_y": "output_offset"}
+    edits = tuple(Edit(method=method, select=(f"state.{name}",)) for method, name in states.items())
+    adapted = attach(model, make_plan(model, Recipe(name="states", edits=edits)))
+    loss_of(adapted, tiny_tokens(case, 2, 9)).backward()
+    for name in states.values():
+        gradient = adapted.edits[f"model.layers.1.mamba.{name}"].value.grad
+        learns = gradient.ne(0).flatten(1).any(1) if gradient.dim() > 1 else gradient.ne(0)
+        assert learns.nonzero().flatten().tolist() == list(range(seen.start, seen.stop)), name
+
+
+def test_xlstm_refuses_the_layers_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(("xlstm", "dense"))
+    monkeypatch.setattr(type(model.backbone.blocks[0]), "__module__", "xlstm.xlstm_large.model")
+    with pytest.raises(UnsupportedModel, match="the package 'xlstm'.*Uninstall"):
+        install_operations(model, get_family("xlstm"))
+    with pytest.raises(UnsupportedModel, match="weight_mode='fused'"):
+        take_inventory(weightless(replace(tiny_config(("xlstm", "dense")), weight_mode="fused")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ssmtune.families._convolution import convolution_operations
@@ -60,9 +61,10 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
 
     layer: Any = module.layer_idx
 
-    def with_offsets(y_D: Any, C_N: Any, z_D: Any) -> Any:
+    def with_offsets(y_D: Any, A_DN: Any, C_N: Any, z_D: Any) -> Any:
         """`y_D` [..., D] is gated by z already; C [..., N] reads the state."""
-        return call.add_offsets(y_D, lambda h_DN: C_N.float() @ h_DN.T, lambda: F.silu(z_D.float()))
+        of_scan = _restricted(call, _channels(A_DN))
+        return of_scan.add_offsets(y_D, lambda h_DN: C_N.float() @ h_DN.T, lambda: F.silu(z_D.float()))
 
     def scan(x: Any, dt: Any, A: Any, B: Any, C: Any, *, return_last_state: bool, **extra: Any) -> Any:
         def run(x: Any, dt: Any, B: Any, C: Any, z: Any, state: Any, seq_idx: Any, mask: Any) -> Any:
@@ -84,8 +86,9 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
 
         z = extra["z"]
         inputs = tuple(tensor.transpose(1, 2) for tensor in (x, dt, B, C, z))
-        y, final = scan_from_state(call, _entering_state(call, layer, A), run, inputs)
-        y = with_offsets(y, C.transpose(1, 2), z.transpose(1, 2)).contiguous()
+        of_scan = _restricted(call, _channels(A))
+        y, final = scan_from_state(of_scan, _entering_state(call, layer, A), run, inputs)
+        y = with_offsets(y, A, C.transpose(1, 2), z.transpose(1, 2)).contiguous()
         y = y.transpose(1, 2)  # out_proj's input is the transpose of this
         return (y, final) if return_last_state else y
 
@@ -93,7 +96,7 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
         state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, *, z: Any, dt_bias: Any, dt_softplus: bool
     ) -> Any:
         y = mamba1_state_update(state, x, dt, A, B, C, D_D=D, z_BD=z, dt_bias_D=dt_bias, dt_softplus=dt_softplus)
-        return with_offsets(y, C, z)
+        return with_offsets(y, A, C, z)
 
     return {
         **convolution_operations(module, call),
@@ -126,7 +129,36 @@ def _entering_state(call: Call, layer: int, A_DN: torch.Tensor) -> torch.Tensor 
     state = None if call.cache is None else call.cache.get_recurrent_state(layer)
     if state is None:
         return None
-    # Zamba scans head by head: its A is then a view of the mixer's whole A, and where it begins says which channels.
+    return state.flatten(1, -2)[:, _channels(A_DN)]  # type: ignore[no-any-return]
+
+
+def _channels(A_DN: torch.Tensor) -> slice:
+    """The channels of the mixer that a scan with `A_DN` computes.
+
+    Zamba scans head by head: its A is then a view of the mixer's whole A, and where it begins says which channels.
+    """
     num_channels, state_size = A_DN.shape
     first = A_DN.storage_offset() // state_size
-    return state.flatten(1, -2)[:, first : first + num_channels]  # type: ignore[no-any-return]
+    return slice(first, first + num_channels)
+
+
+def _restricted(call: Call, channels: slice) -> Call:
+    """The call as a scan of some channels sees it: with their part of what is added to the recurrence."""
+    return replace(call, states={name: _Part(edit, channels) for name, edit in call.states.items()})
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The channels of an addition to the recurrence, [D, ...], that one scan computes."""
+
+    whole: Any
+    channels: slice
+
+    @property
+    def enabled(self) -> bool:
+        enabled: bool = self.whole.enabled
+        return enabled
+
+    def __call__(self) -> torch.Tensor:
+        value: torch.Tensor = self.whole()
+        return value[self.channels]

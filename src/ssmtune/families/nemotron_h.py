@@ -46,7 +46,7 @@ def _tiny_configs() -> Mapping[str, Any]:
         eos_token_id=2,
     )
     return {
-        "dense": make(layers_block_type=["linear_attention", "mlp", "full_attention", "mlp"]),
+        "dense": make(layers_block_type=["linear_attention", "mlp", "full_attention", "mlp"], mlp_bias=True),
         "moe": make(
             layers_block_type=["linear_attention", "moe", "full_attention"],
             moe_latent_size=16,

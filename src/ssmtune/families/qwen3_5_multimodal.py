@@ -37,6 +37,11 @@ def _tiny_configs() -> Mapping[str, Any]:
             **special,
         ),
         "moe": Qwen3_5MoeConfig(text_config=text["moe"].to_dict(), vision_config={**tower, "depth": 1}, **special),
+        "odd": Qwen3_5Config(
+            text_config=text["odd"].to_dict(),
+            vision_config={**tower, "depth": 1, "out_hidden_size": text["odd"].hidden_size},
+            **special,
+        ),
     }
 
 

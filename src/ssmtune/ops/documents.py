@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from ssmtune.ops.seam import Call
 
-Scan = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Scan = Callable[..., tuple[torch.Tensor, Any]]
 
 
-def scan_from_state(
-    call: Call, entering: torch.Tensor | None, scan: Scan, inputs: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def scan_from_state(call: Call, entering: Any, scan: Scan, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Any]:
     """Return `scan(*inputs, state, seq_idx, padding_mask)` with the trained initial state wherever a document begins.
 
-    `inputs` are [B, T, ...], the scan's output as well. `entering` is the state that a cache handed on; a continued
-    sequence keeps it. A scan resets its state to zero between documents, so packed documents become rows of their own.
+    `inputs` are [B, T, ...], the scan's output as well; a state is a tensor or several, [B, ...] each. `entering` is the
+    one that a cache handed on; a continued sequence keeps it. A scan resets its state to zero between documents, so
+    packed documents become rows of their own.
     """
     initial = call.state("initial_state")
     if entering is not None or initial is None:
@@ -28,7 +28,8 @@ def scan_from_state(
     documents = DocumentRows(call.seq_idx)
     rows = [documents.split(x) for x in inputs]
     output, final = scan(*rows, initial.expand(rows[0].shape[0], *initial.shape), None, documents.mask)
-    return documents.join(output), final[documents.last]
+    last = tuple(part[documents.last] for part in final) if isinstance(final, tuple) else final[documents.last]
+    return documents.join(output), last
 
 
 class DocumentRows:

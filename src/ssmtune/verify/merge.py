@@ -81,7 +81,7 @@ def _exact_tensors(adapted: AdaptedModel) -> dict[str, tuple[torch.Tensor, torch
     dropped = discarded_paths(adapted.plan)
     exact: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for site in adapted.plan.sites:
-        if site.path in dropped or len(site.shape) == 3:
+        if site.path in dropped or (site.container == "module" and len(site.shape) == 3):
             continue
         if site.container == "tensor":
             base = base_tensor(model, site.path).double()
