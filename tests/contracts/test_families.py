@@ -44,6 +44,16 @@ X_PROJ_CASES = [case for case in CASES if any(s.role == "ssm.x_proj.C" for s in 
 FUSED = {"mamba2_split_conv1d_scan_combined", "mamba_inner_fn"}
 FUSED_CASES = [case for case in RECURRENT_CASES if FUSED & operation_names(case)]
 
+ONE_VALUE = {
+    ("nemotron_h", "attention_bias"): "no layer of transformers reads it",
+    ("nemotron_h", "mamba_proj_bias"): "no layer of transformers reads it",
+    ("zamba2", "use_conv_bias"): "the convolution of transformers has a bias whatever it says",
+    ("lfm2", "use_expert_bias"): "of the router, a buffer that only ranks",
+}
+"""Switches of a bias that the tiny configs need not turn, with the reason."""
+TWO_LAYERS = {"rwkv": "transformers divides by the number of layers less one when it initialises"}
+"""Families that cannot have one layer of a kind, with the reason."""
+
 every_case = pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 every_recurrent_case = pytest.mark.parametrize("case", RECURRENT_CASES, ids=RECURRENT_IDS)
 
@@ -68,6 +78,32 @@ def test_every_family_is_found_by_its_model_types() -> None:
         assert family.tiny_configs(), f"{name} offers no tiny config, so no contract covers it"
         for model_type in family.model_types:
             assert find_family(model_type) == (name, family)
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_tiny_configs_show_what_the_architecture_can_be(name: str) -> None:
+    """Every role but biases that no config grants, every switch of a bias on and off, odd heads, groups, an untied head."""
+    family, cases = get_family(name), [case for case in CASES if case[0] == name]
+    configs = [tiny_config(case).get_text_config() for case in cases]
+    assert len(cases) >= 3
+    roles = {component.role for case in cases for component in tiny_inventory(case).components}
+    assert {claim.role for claim in family.claims if not claim.role.endswith(".bias")} <= roles
+
+    def values(pattern: str) -> dict[str, set[Any]]:
+        """Attributes of any of the configs that match, with their values over the configs."""
+        keys = {key for config in configs for key in vars(config) if re.search(pattern, key)}
+        return {key: {getattr(config, key, None) for config in configs} for key in sorted(keys)}
+
+    for key, found in values("bias$").items():
+        if key in family.handled_config and (name, key) not in ONE_VALUE:
+            assert {True, False} <= found, (key, found)
+    heads = values("(^|_)heads$")
+    assert not heads or any(num & (num - 1) for found in heads.values() for num in found), heads
+    for key, found in values("n_?groups?$").items():
+        assert max(found) > 1, key
+    assert False in values("tie_word_embeddings")["tie_word_embeddings"]
+    kinds = [getattr(c, "layer_types", None) or ["only"] * c.num_hidden_layers for c in configs]
+    assert name in TWO_LAYERS or any(layers.count(kind) == 1 for layers in kinds for kind in layers)
 
 
 def test_unknown_family_and_model_type_name_the_nearest() -> None:
