@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from ssmtune.families.base import family_names, get_family
+from ssmtune.methods.base import method_names
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -31,6 +34,19 @@ def test_generated_parts_are_up_to_date(page: str, part: str) -> None:
     assert text.count(begin) == 1
     body = text.split(begin)[1].split(end)[0].strip()
     assert body == RENDERER.PARTS[page][part]().strip(), f"{page} is out of date: python recipes/render_docs.py"
+
+
+def test_the_families_table_marks_every_method_that_a_family_can_take() -> None:
+    """Methods act on tensors, on rows of them, or on states: of each kind one is looked up, where it is and is not."""
+    header, _, *rows = (line.strip("| ").split(" | ") for line in RENDERER.families().splitlines())
+    table = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert set(table) == set(family_names())
+    for method in ("initial_state", "state_offset_h", "state_offset_y"):
+        marked = {name for name, row in table.items() if row[method] == "yes"}
+        assert marked == {name for name in family_names() if get_family(name).states is not None}, method
+    assert {row["lora"] for row in table.values()} == {"yes"}
+    assert table["llama"]["core"] == "-" and table["mamba2"]["core"] == "yes"
+    assert all("yes" in {row[method] for row in table.values()} for method in method_names())
 
 
 def test_the_readme_session_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
