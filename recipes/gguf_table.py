@@ -422,13 +422,9 @@ def run(name: str) -> dict[str, Any]:
 
 def source_digest(name: str, packages: dict[str, str]) -> str:
     """Changes when the row's model, the packages that make it, or the code of the export does."""
-    export = Path(ssmtune.__file__).parent / "export"
-    code = [*sorted(export.glob("*.py")), Path(ssmtune.__file__).parent / "llamacpp.py"]
-    parts = [
-        repr(config_of(name).to_dict()),
-        json.dumps(packages),
-        *(path.read_text(encoding="utf-8") for path in code),
-    ]
+    code = ("export/_convert.py", "export/_infer.py", "export/agreement.py", "export/converter.py", "llamacpp.py")
+    sources = [(Path(ssmtune.__file__).parent / name).read_text(encoding="utf-8") for name in code]
+    parts = [repr(config_of(name).to_dict()), json.dumps(packages), *sources]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Engine = Literal["transformers", "llamacpp"]
+
 NUM_SAMPLES = 12
 """Completions kept in the record, for reading."""
 
@@ -43,7 +45,7 @@ class EvaluateConfig:
     batch_examples: int = pydantic.Field(default=64, ge=1)
     name: str = ""
     seed: int = 0
-    engine: Literal["transformers", "llamacpp"] = "transformers"
+    engine: Engine = "transformers"
     gguf_type: GgufType | None = None
     """Of the file that the engine llamacpp reads; None for f16."""
     gguf: str | None = None

@@ -57,11 +57,13 @@ class LlamaCpp:
         num_slots: int = 1,
         num_threads: int = 1,
         exact_cache: bool = False,
+        lora: Path | None = None,
     ) -> None:
         """Open `path`; each of `num_slots` sequences answered at once has `context_tokens` of room.
 
         `exact_cache` keeps attention's cache in fp32 and flash attention off: llama.cpp's default cache is fp16, which
-        alone moves log-probabilities by about 1e-2. Raises `ConfigError` when llama.cpp cannot load the file.
+        alone moves log-probabilities by about 1e-2. `lora` is an adapter file, applied at scale 1.
+        Raises `ConfigError` when llama.cpp cannot load the files.
         """
         try:
             import xllamacpp
@@ -77,6 +79,8 @@ class LlamaCpp:
         params.verbosity = ERRORS_ONLY
         params.api_keys = [self._key]
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = num_threads
+        if lora is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
         if exact_cache:
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -84,8 +88,8 @@ class LlamaCpp:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:
             raise ConfigError(
-                f"{path}: llama.cpp cannot load it ({error}). It may be truncated, or of an architecture that "
-                "this version of xllamacpp does not know."
+                f"{path}{f' with {lora}' if lora else ''}: llama.cpp cannot load it ({error}). It may be truncated, or of "
+                "an architecture that this version of xllamacpp does not know."
             ) from None
 
     def __enter__(self) -> LlamaCpp:

@@ -1,24 +1,29 @@
-"""Evaluation through llama.cpp: the same answers as in transformers where the weights are the same, and none silently otherwise."""
+"""Evaluation through llama.cpp: the same weights give the same answers as in transformers, and others do not."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ssmtune import demo
 from ssmtune.attach import attach
 from ssmtune.errors import AttachError, ConfigError, MissingDependency
 from ssmtune.evaluate import EvaluateConfig, evaluate
 from ssmtune.evaluate_llamacpp import answer_through_llamacpp, write_gguf
-from ssmtune.export import converter
+from ssmtune.export import agreement, converter
 from ssmtune.export._answer import until_end
+from ssmtune.export.agreement import F32_LIMIT
 from ssmtune.models import load_model, load_tokenizer
 from ssmtune.plan import make_plan
+from ssmtune.records import read_record
+from ssmtune.report import write_report
 
 BUNDLED = "tiny-granite-h"
 SHARE: Any = {"model": BUNDLED, "task": "classification", "size": 0.01, "num_examples": 4}
@@ -40,9 +45,10 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_process() -> Iterator[None]:
-    """The converter's work in this process, which has imported torch already."""
+    """The children's work in this process, which has imported torch already."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(converter, "run_child", lambda module, request, _: importlib.import_module(module).main(request))
+        for module in (converter, agreement):
+            patch.setattr(module, "run_child", lambda name, request, _: importlib.import_module(name).main(request))
         yield
 
 
@@ -69,6 +75,25 @@ def test_both_engines_write_the_same_answers(adapter: Path, base_gguf: Path) -> 
     other = evaluate(EvaluateConfig(**through, gguf=str(base_gguf)), progress=False)
     assert [s["completion"] for s in other["samples"]] != [s["completion"] for s in expected["samples"]]
     assert other["engine"]["gguf_sha256"] != found["engine"]["gguf_sha256"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_demo_takes_its_model_to_llamacpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of the demo on the bundled model, which is its own merged model here, and three of the documents."""
+    load_model(BUNDLED, dtype="float32").save_pretrained(tmp_path / "merged")
+    load_tokenizer(BUNDLED).save_pretrained(tmp_path / "merged")
+    whole = demo.split
+    monkeypatch.setattr(demo, "split", lambda examples: replace(whole(examples), test=whole(examples).test[:3]))
+    said: list[str] = []
+    gguf = demo.export_demo(tmp_path / "merged", tmp_path, said.append)
+    assert gguf is not None and gguf["same"] and gguf["same_top"] == gguf["prompts"] == 3
+    record = read_record(tmp_path / "V4-f32.export.json", kind="export")
+    assert record["check"]["max_abs_logprob"] == gguf["max_abs_logprob"] <= F32_LIMIT
+    page = write_report([record], tmp_path / "report.html", "demo").read_text(encoding="utf-8")
+    assert ">V4-f32.gguf</a>" in page and '<td class="num">3 of 3</td>' in page
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert demo.export_demo(tmp_path / "merged", tmp_path, said.append) is None
+    assert len(said) == 2 and said[1].startswith("Left out") and "pip install 'ssmtune[gguf]'" in said[1]
 
 
 def test_neither_slots_nor_order_change_an_answer(base_gguf: Path) -> None:
