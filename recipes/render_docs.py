@@ -231,23 +231,24 @@ def gguf_families() -> str:
     types = record["config"]["types"]
     rows = []
     for row in record["rows"]:
-        if row["refused"]:
-            rows.append([row["name"], "refused", row["refused"], *["-" for _ in types[1:]], "-"])
-            continue
         checks = row["types"]
-        narrow = [f"{checks[t]['mean_kl']:.1e}" for t in types[1:]]
-        restored = ", ".join(f"`{name}`" for name in row["restored"]) or "-"
-        rows.append(
-            [row["name"], "yes" if row["ok"] else "no", f"{checks['f32']['max_abs_logprob']:.1e}", *narrow, restored]
-        )
-    headings = [
-        "family",
-        "matches",
-        "f32: largest difference, nats",
-        *(f"{t}: mean divergence, nats" for t in types[1:]),
-    ]
+        figures = [
+            f"{checks[t]['max_abs_logprob' if t == 'f32' else 'mean_kl']:.1e}" if t in checks else "-" for t in types
+        ]
+        words = []
+        if row.get("restored"):
+            words.append(f"converter is told {', '.join(f'`{name}`' for name in row['restored'])}")
+        if row["refused"]:
+            words.append(row["refused"])
+        elif not row["ok"]:
+            words.append(next(check["detail"] for check in checks.values() if not check["ok"]))
+        if "explained" in row:
+            words.append(f"{row['explained']['cause']}: without that {row['explained']['max_abs_logprob']:.1e}")
+        matches = "refused" if row["refused"] else "yes" if row["ok"] else "no"
+        rows.append([row["name"], matches, *figures, "; ".join(words) or "-"])
+    figures = [f"{t}: {'largest difference' if t == 'f32' else 'mean divergence'}, nats" for t in types]
     packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
-    return table([*headings, "config fields told to the converter"], rows) + f"\n\nPackages: {packages}."
+    return table(["family", "matches", *figures, "remarks"], rows) + f"\n\nPackages: {packages}."
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {

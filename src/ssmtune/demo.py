@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from ssmtune.config import decode
-from ssmtune.errors import ConfigError, PlacementError
-from ssmtune.evaluate import EvaluateConfig, evaluate
+from ssmtune.errors import ConfigError, MissingDependency, PlacementError
+from ssmtune.evaluate import Engine, EvaluateConfig, evaluate
+from ssmtune.evaluate_llamacpp import require_llamacpp
+from ssmtune.export.agreement import check_gguf
+from ssmtune.export.base import GgufType
+from ssmtune.export.converter import convert
 from ssmtune.merge import merge_to
-from ssmtune.models import empty_model
+from ssmtune.models import empty_model, load_tokenizer
 from ssmtune.plan import make_plan
-from ssmtune.records import find_records, new_record, write_json
+from ssmtune.records import file_sha256, find_records, new_record, write_json
 from ssmtune.report import write_report
+from ssmtune.tasks.base import messages, split
 from ssmtune.train import TrainConfig, train
+from ssmtune.training_data import task_examples
 from ssmtune.verify import verify
 
 MODEL = "tiny-granite-h"
@@ -30,6 +36,8 @@ ARMS = {
     "V4": "all+core",
 }
 MARKER = "demo.json"
+GGUF_TYPE: GgufType = "f32"
+"""Nothing is rounded, so that llama.cpp must give the log-probabilities of transformers."""
 
 
 def run_demo(out: Path, *, on_message: Callable[[str], None] = print, progress: bool = True) -> dict[str, Any]:
@@ -60,6 +68,10 @@ def run_demo(out: Path, *, on_message: Callable[[str], None] = print, progress: 
     merge_to(str(out / "V4"), merged, dtype="float32")
     records.append(_evaluate("V4 merged", None, out, progress, model=str(merged)))
     same = records[-1]["scores"] == records[-2]["scores"]
+    gguf = export_demo(merged, out, on_message)
+    if gguf is not None:
+        name = f"V4 in llama.cpp, {GGUF_TYPE}"
+        records.append(_evaluate(name, None, out, progress, model=str(merged), engine="llamacpp", gguf=gguf["file"]))
     page = write_report(
         [r for r in find_records(out) if r["kind"] != "demo" and r.get("name") != "V4 merged"],
         out / "report.html",
@@ -73,11 +85,45 @@ def run_demo(out: Path, *, on_message: Callable[[str], None] = print, progress: 
         ],
         "verify": report.to_dict(),
         "merged_equals_adapted": same,
+        "gguf": gguf,
         "report": str(page),
         "seconds": time.time() - started,
     }
     write_json(out / MARKER, record)
     return record
+
+
+def export_demo(merged: Path, out: Path, on_message: Callable[[str], None]) -> dict[str, Any] | None:
+    """Take the merged model to llama.cpp as a GGUF file and compare it there on the held-out documents.
+
+    Returns the comparison and its `file`; None, after saying so, where llama.cpp is not installed.
+    """
+    try:
+        require_llamacpp()
+    except MissingDependency as error:
+        on_message(f"Left out: the tuned model as a GGUF file, answering in llama.cpp. {error}\n")
+        return None
+    started = time.time()
+    path = out / f"V4-{GGUF_TYPE}.gguf"
+    on_message(f"V4: to llama.cpp, as {path}")
+    converted = convert(merged, path, GGUF_TYPE)
+    tokenizer = load_tokenizer(str(merged))
+    prompts = [
+        str(tokenizer.apply_chat_template(messages(example)[0], tokenize=False, add_generation_prompt=True))
+        for example in split(task_examples(TASK, SIZE)).test
+    ]
+    check = check_gguf(path, str(merged), type_=GGUF_TYPE, prompts=prompts, num_tokens=1)
+    record = new_record(
+        "export",
+        config={"model": MODEL, "to": "gguf", "type": GGUF_TYPE},
+        name="V4",
+        files={path.name: file_sha256(path)},
+        converter=converted,
+        check=check,
+        seconds=time.time() - started,
+    )
+    write_json(path.with_suffix(".export.json"), record)
+    return {**check, "file": str(path), "same": check["ok"] and check["same_top"] == check["prompts"]}
 
 
 def _make_room(out: Path) -> None:
@@ -104,10 +150,25 @@ def _train_config(name: str, recipe: str, out: Path) -> TrainConfig:
     return decode(TrainConfig, fields, where="the demo's settings")
 
 
-def _evaluate(name: str, adapter: Path | None, out: Path, progress: bool, *, model: str = MODEL) -> dict[str, Any]:
+def _evaluate(
+    name: str,
+    adapter: Path | None,
+    out: Path,
+    progress: bool,
+    *,
+    model: str = MODEL,
+    engine: Engine = "transformers",
+    gguf: str | None = None,
+) -> dict[str, Any]:
     config = EvaluateConfig(
-        model=model, task=TASK, size=SIZE, adapter=None if adapter is None else str(adapter), name=name
+        model=model,
+        task=TASK,
+        size=SIZE,
+        adapter=None if adapter is None else str(adapter),
+        name=name,
+        engine=engine,
+        gguf=gguf,
     )
     record = evaluate(config, progress=progress)
-    write_json(out / f"evaluate-{name.replace(' ', '-')}.json", record)
+    write_json(out / f"evaluate-{name.replace(', ', '-').replace(' ', '-')}.json", record)
     return record

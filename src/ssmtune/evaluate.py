@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ssmtune.config import STRICT
+from ssmtune.errors import ConfigError
+from ssmtune.evaluate_llamacpp import NUM_SLOTS, answer_through_llamacpp, engine_facts, require_llamacpp, write_gguf
+from ssmtune.export.base import GgufType
 from ssmtune.models import load_model, load_tokenizer
 from ssmtune.records import new_record
 from ssmtune.tasks.base import Example, Task, get_task, messages, split
@@ -21,6 +25,8 @@ from ssmtune.training_data import task_examples
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Engine = Literal["transformers", "llamacpp"]
 
 NUM_SAMPLES = 12
 """Completions kept in the record, for reading."""
@@ -39,27 +45,46 @@ class EvaluateConfig:
     batch_examples: int = pydantic.Field(default=64, ge=1)
     name: str = ""
     seed: int = 0
+    engine: Engine = "transformers"
+    gguf_type: GgufType | None = None
+    """Of the file that the engine llamacpp reads; None for f16."""
+    gguf: str | None = None
+    """A GGUF file to answer from; None to make one of the model, for this evaluation alone."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for options that contradict each other."""
+        if self.engine != "llamacpp" and (self.gguf or self.gguf_type):
+            raise ConfigError(f"--{'gguf' if self.gguf else 'type'} is read by --engine llamacpp alone.")
+        if self.gguf and self.gguf_type:
+            raise ConfigError(f"--type {self.gguf_type}: {self.gguf} has its type already. Leave out one of the two.")
+        if self.gguf and self.without_core:
+            raise ConfigError(f"{self.gguf}: the core is part of its weights and cannot be left out.")
 
 
 def evaluate(config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]:
     """Return the evaluate record: metrics, one score per example and metric, samples, share of answers that stopped.
 
     Answers are greedy. The weights are the base's in fp32 with the adapter merged in fp32, so that nothing is rounded;
-    `without_core` leaves the adapter's core out.
+    `without_core` leaves the adapter's core out. The engine llamacpp answers from those weights as a GGUF file; raises
+    `AttachError` for an adapter that no weight can hold, `MissingDependency` where llama.cpp is not installed.
     """
     started = time.time()
     task = get_task(config.task)
     tokenizer = load_tokenizer(config.model)
-    model = evaluation_model(config)
     examples = split(task_examples(config.task, config.size)).test[: config.num_examples]
-    answers = answer(
-        model,
-        tokenizer,
-        [messages(example)[0] for example in examples],
-        max_new_tokens=task.max_new_tokens,
-        batch_examples=config.batch_examples,
-        progress=progress,
-    )
+    prompts = [messages(example)[0] for example in examples]
+    if config.engine == "llamacpp":
+        answers, engine = _answer_llamacpp(config, tokenizer, prompts, task.max_new_tokens, progress)
+    else:
+        engine = {"name": "transformers"}
+        answers = answer(
+            evaluation_model(config),
+            tokenizer,
+            prompts,
+            max_new_tokens=task.max_new_tokens,
+            batch_examples=config.batch_examples,
+            progress=progress,
+        )
     completions = [text for text, _ in answers]
     scores = [task.score(text, example) for text, example in zip(completions, examples, strict=True)]
     return new_record(
@@ -67,6 +92,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]
         config=asdict(config),
         name=config.name or (config.adapter or "base"),
         seed=config.seed,
+        engine=engine,
         task=task.name,
         task_version=task.version,
         primary=task.primary,
@@ -98,12 +124,18 @@ def evaluation_model(config: EvaluateConfig) -> PreTrainedModel:
     """Return the fp32 model to evaluate, on the GPU where there is one, on ssmtune's operations."""
     import torch
 
-    from ssmtune.attach import load
     from ssmtune.families.base import find_family
-    from ssmtune.merge import merge
     from ssmtune.operations import install_operations
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _merged_model(config, "cuda" if torch.cuda.is_available() else "cpu")
+    install_operations(model, find_family(model.config.model_type)[1])
+    return model.eval()
+
+
+def _merged_model(config: EvaluateConfig, device: str) -> PreTrainedModel:
+    from ssmtune.attach import load
+    from ssmtune.merge import merge
+
     model = load_model(config.model, dtype="float32", device=device)
     if config.adapter is not None:
         adapted = load(model, Path(config.adapter))
@@ -111,8 +143,40 @@ def evaluation_model(config: EvaluateConfig) -> PreTrainedModel:
             for edit in adapted.edits.values():
                 edit.enabled = False
         model = merge(adapted)
-    install_operations(model, find_family(model.config.model_type)[1])
-    return model.eval()
+    return model
+
+
+def _answer_llamacpp(
+    config: EvaluateConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict[str, str]]],
+    max_new_tokens: int,
+    progress: bool,
+) -> tuple[list[tuple[str, bool]], dict[str, Any]]:
+    """Return the answers and what the record says of the engine."""
+    import torch
+
+    require_llamacpp()
+    with tempfile.TemporaryDirectory(prefix="ssmtune-evaluate-") as scratch:
+        if config.gguf is not None:
+            gguf = Path(config.gguf)
+        else:
+            out = Path(scratch) / "model.gguf"
+            gguf = write_gguf(_merged_model(config, "cpu"), tokenizer, out, config.gguf_type or "f16")
+        facts = engine_facts(gguf)
+        bar = _progress_bar(progress)
+        with bar:
+            steps = bar.add_task("evaluate", total=len(prompts))
+            answers = answer_through_llamacpp(
+                gguf,
+                tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                num_slots=min(NUM_SLOTS, config.batch_examples),
+                num_threads=torch.get_num_threads(),
+                on_answer=lambda: bar.advance(steps),
+            )
+    return answers, facts
 
 
 def answer(
@@ -134,15 +198,7 @@ def answer(
     tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     answers: list[tuple[str, bool]] = [("", False)] * len(tokens)
-    bar = Progress(
-        TextColumn("evaluate"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not progress,
-    )
+    bar = _progress_bar(progress)
     with bar, torch.inference_mode():
         steps = bar.add_task("evaluate", total=len(tokens))
         for first in range(0, len(order), batch_examples):
@@ -153,6 +209,18 @@ def answer(
                 answers[index] = result
             bar.advance(steps, len(batch))
     return answers
+
+
+def _progress_bar(progress: bool) -> Progress:
+    return Progress(
+        TextColumn("evaluate"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not progress,
+    )
 
 
 def _generate(

@@ -27,6 +27,9 @@ FORCING_BIAS = 1e4
 ERRORS_ONLY = 1
 """Of llama.cpp's log, which goes to stderr."""
 
+ANSWER_TIMEOUT_S = 3600
+"""For one answer, which waits for a free slot as well."""
+
 INSTALL = "pip install 'ssmtune[gguf]'"
 
 
@@ -54,11 +57,13 @@ class LlamaCpp:
         num_slots: int = 1,
         num_threads: int = 1,
         exact_cache: bool = False,
+        lora: Path | None = None,
     ) -> None:
         """Open `path`; each of `num_slots` sequences answered at once has `context_tokens` of room.
 
         `exact_cache` keeps attention's cache in fp32 and flash attention off: llama.cpp's default cache is fp16, which
-        alone moves log-probabilities by about 1e-2. Raises `ConfigError` when llama.cpp cannot load the file.
+        alone moves log-probabilities by about 1e-2. `lora` is an adapter file, applied at scale 1.
+        Raises `ConfigError` when llama.cpp cannot load the files.
         """
         try:
             import xllamacpp
@@ -74,6 +79,8 @@ class LlamaCpp:
         params.verbosity = ERRORS_ONLY
         params.api_keys = [self._key]
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = num_threads
+        if lora is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
         if exact_cache:
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -81,8 +88,8 @@ class LlamaCpp:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:
             raise ConfigError(
-                f"{path}: llama.cpp cannot load it ({error}). It may be truncated, or of an architecture that "
-                "this version of xllamacpp does not know."
+                f"{path}{f' with {lora}' if lora else ''}: llama.cpp cannot load it ({error}). It may be truncated, or of "
+                "an architecture that this version of xllamacpp does not know."
             ) from None
 
     def __enter__(self) -> LlamaCpp:
@@ -140,13 +147,28 @@ class LlamaCpp:
                     row[entry["id"]] = entry["logprob"]
         return Answer(text=choice["text"], stopped=choice["finish_reason"] == "stop", logprobs_NV=table)
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    def complete(self, tokens: Sequence[int], *, max_new_tokens: int) -> list[int]:
+        """Return the tokens of the greedy continuation, the last of them the one that ended it, if one did.
+
+        llama.cpp ends at every token that it knows as an end, not only the tokenizer's end token. The state is computed
+        anew. May be called from several threads, as many at once as there are slots.
+        """
+        request = {
+            "prompt": list(tokens),
+            "n_predict": max_new_tokens,
+            "temperature": 0,
+            "cache_prompt": False,
+            "return_tokens": True,
+        }
+        return [int(token) for token in self._post("/completion", request, timeout_s=ANSWER_TIMEOUT_S)["tokens"]]
+
+    def _post(self, path: str, body: Mapping[str, Any], *, timeout_s: float = 60) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         request = urllib.request.Request(self._server.listening_address + path, json.dumps(body).encode(), headers)
         # A proxy of the environment is not asked for the loopback address.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=60) as reply:
+            with opener.open(request, timeout=timeout_s) as reply:
                 value: dict[str, Any] = json.load(reply)
         except urllib.error.HTTPError as error:
             raise ConfigError(f"llama.cpp refused {path}: {error.read().decode(errors='replace')[:300]}") from None

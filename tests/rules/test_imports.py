@@ -31,7 +31,7 @@ ORDER = (
     {"training_data"},
     {"train", "sft", "watch"},
     {"verify", "doctor", "op_cases", "export"},
-    {"evaluate", "bench", "bench_side", "bench_profile"},
+    {"evaluate", "evaluate_llamacpp", "bench", "bench_side", "bench_profile"},
     {"workers"},
     {"study", "study_cells", "study_runs"},
     {"report"},

@@ -142,6 +142,7 @@ def _split(regex: str) -> dict[str, Any]:
         (_split(converter.LLAMA3_SPLIT), True, "llama-bpe"),
         (_split(converter.LLAMA3_SPLIT), False, "dbrx"),
         (_split(converter.QWEN2_SPLIT), False, "qwen2"),
+        (_split(converter.QWEN35_SPLIT), False, "qwen35"),
         (_split("a+"), False, None),
         ({"type": "Metaspace"}, False, None),
         (None, False, None),

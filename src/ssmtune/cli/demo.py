@@ -14,7 +14,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for runs, merged model and report.")] = Path("demo"),
     json_output: Annotated[bool, typer.Option("--json", help="Print the demo's record as JSON.")] = False,
 ) -> None:
-    """Base, V1 (transformer names), V2 (all projections) and V4 (and the core): train, verify, merge, evaluate, report.
+    """Base, V1 (transformer names), V2 (all projections), V4 (and the core): train, verify, merge, evaluate, llama.cpp, report.
 
     Example: [cyan]ssmtune demo --out demo[/cyan]
     """
@@ -42,6 +42,15 @@ def demo(
             f"verify V4: {good} of {len(checks)} checks hold; merged answers equal adapted: "
             f"{record['merged_equals_adapted']}"
         )
+        gguf = record["gguf"]
+        if gguf is None:
+            tables().print("llama.cpp: left out, it is not installed")
+        else:
+            tables().print(
+                f"llama.cpp ({gguf['type']}): the top token of transformers on {gguf['same_top']} of {gguf['prompts']} "
+                f"held-out documents, log-probabilities within {gguf['max_abs_logprob']:.1e} nats: {gguf['file']}"
+            )
         tables().print(f"Report: {record['report']}   ({record['seconds']:.0f} s)")
-    if not record["verify"]["ok"] or not record["merged_equals_adapted"]:
+    arrived = record["gguf"] is None or record["gguf"]["same"]
+    if not record["verify"]["ok"] or not record["merged_equals_adapted"] or not arrived:
         raise typer.Exit(1)

@@ -18,15 +18,32 @@ def evaluate(
     size: Annotated[float | None, typer.Option(help="Share of the task's full size; the run's own by default.")] = None,
     num_examples: Annotated[int | None, typer.Option(help="Use at most this many held-out examples.")] = None,
     batch_examples: Annotated[int, typer.Option(help="Examples answered at once.")] = 64,
-    base: Annotated[bool, typer.Option(help="Also evaluate the base and pair the two by example.")] = True,
+    base: Annotated[
+        bool,
+        typer.Option(
+            help="Also evaluate the base (with --engine llamacpp: the same weights in transformers) and pair the two."
+        ),
+    ] = True,
+    engine: Annotated[str, typer.Option(help="transformers, or llamacpp: the merged model as a GGUF file.")] = (
+        "transformers"
+    ),
+    type_: Annotated[
+        str | None,
+        typer.Option("--type", help="llamacpp: f32, f16 (default), bf16 or q8_0, where --gguf is not given."),
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help="llamacpp: a GGUF file of this model, as 'export --to gguf' writes it.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
     """Answer a task's held-out examples greedily, beside the base, with a paired difference and its interval.
 
     Examples: [cyan]ssmtune evaluate runs/first[/cyan] .
+    [cyan]ssmtune evaluate runs/first --engine llamacpp --type q8_0[/cyan] .
     [cyan]ssmtune evaluate tiny-granite-h --task rules --num-examples 50[/cyan]
     """
     quiet_libraries()
+    from ssmtune.config import decode
     from ssmtune.evaluate import EvaluateConfig
     from ssmtune.evaluate import evaluate as evaluate_stage
     from ssmtune.records import read_record, write_json
@@ -38,19 +55,33 @@ def evaluate(
         task, size = _same_split(trained["config"]["data"], task, size)
     if task is None:
         raise ConfigError("--task is missing: this is not a run on a task of ssmtune. Name the task to answer.")
-    alone = EvaluateConfig(
-        model=run, task=task, size=size or 1.0, num_examples=num_examples, batch_examples=batch_examples, name="base"
-    )
-    records = []
+    fields = {
+        "model": trained["config"]["model"] if trained else run,
+        "task": task,
+        "size": size or 1.0,
+        "num_examples": num_examples,
+        "batch_examples": batch_examples,
+        "adapter": str(Path(run) / "adapter") if trained else None,
+        "name": trained["name"] if trained else "base",
+        "engine": engine,
+        "gguf_type": type_,
+        "gguf": None if gguf is None else str(gguf),
+    }
+    config = decode(EvaluateConfig, fields, where="ssmtune evaluate")
+    first = evaluate_stage(config)
+    partner = None
+    ending = task
+    if engine == "llamacpp":
+        partner = replace(config, engine="transformers", gguf=None, gguf_type=None)
+        first["name"] += f" in llama.cpp, {first['engine']['gguf_type']}"
+        ending += f"-llamacpp-{first['engine']['gguf_type']}"
+    elif trained is not None:
+        partner = replace(config, adapter=None, name="base")
+    records = [first]
     if trained is not None:
-        alone = replace(alone, model=trained["config"]["model"])
-        adapted = replace(alone, adapter=str(Path(run) / "adapter"), name=trained["name"])
-        records.append(evaluate_stage(adapted))
-        write_json(Path(run) / f"evaluate-{task}.json", records[0])
-    else:
-        base = True
-    if base:
-        records.append(evaluate_stage(alone))
+        write_json(Path(run) / f"evaluate-{ending}.json", first)
+    if base and partner is not None:
+        records.append(evaluate_stage(partner))
     if json_output:
         print_result(records)
         return

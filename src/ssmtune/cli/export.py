@@ -12,7 +12,7 @@ from ssmtune.cli.output import print_result, quiet_libraries, words
 
 def export(
     run: Annotated[str, typer.Argument(help="A run directory, or an adapter directory.")],
-    to: Annotated[str, typer.Option(help="hf, peft, gguf, ollama, vllm or sglang.")],
+    to: Annotated[str, typer.Option(help="hf, peft, gguf, gguf_lora, ollama, vllm or sglang.")],
     out: Annotated[Path, typer.Option(help="File or directory to write; must not exist.")],
     model: Annotated[str | None, typer.Option(help="The base model, where RUN does not name it.")] = None,
     type_: Annotated[str | None, typer.Option("--type", help="gguf, ollama: f32, f16 (default), bf16 or q8_0.")] = None,

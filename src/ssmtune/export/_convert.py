@@ -47,11 +47,18 @@ def main(request_path: str) -> None:
     answers = {"model_arch": known.model_arch, "get_vocab_base_pre": pre_type, "no_mtp": True}
     if request["partial_rope"]:
         answers["modify_tensors"] = _modify_for_partial_rope(known, **request["partial_rope"])
+    if request["head_of_its_own"]:
+        answers["generate_extra_tensors"] = _head_from_embeddings
     resolved = type(known.__name__, (known,), answers)
     with torch.inference_mode():
         resolved(directory, types[request["type"]], Path(request["out"])).write()
     found["core_types"] = _core_types(Path(request["out"]))
     Path(request["found"]).write_text(json.dumps(found), encoding="utf-8")
+
+
+def _head_from_embeddings(self: Any) -> Any:
+    """The head of a model that ties it: the converter scales head and embeddings by factors of their own."""
+    yield "lm_head.weight", self.model_tensors["model.embed_tokens.weight"]()
 
 
 def _core_types(path: Path) -> list[str]:

@@ -19,7 +19,10 @@ def main(request_path: str) -> int:
     """Answer one request. Returns the exit status."""
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     try:
-        with LlamaCpp(Path(request["gguf"]), context_tokens=request["context_tokens"], exact_cache=True) as llama:
+        lora = Path(request["lora"]) if request["lora"] else None
+        with LlamaCpp(
+            Path(request["gguf"]), context_tokens=request["context_tokens"], exact_cache=True, lora=lora
+        ) as llama:
             tables = [
                 llama.answer(
                     tokens, max_new_tokens=request["num_tokens"], vocab_size=request["vocab_size"], forced=forced

@@ -51,11 +51,18 @@ CHATS = (
 
 
 def check_gguf(
-    gguf: Path, model: str | Path, *, type_: GgufType, prompts: Sequence[str] = PROMPTS, num_tokens: int = NUM_TOKENS
+    gguf: Path,
+    model: str | Path,
+    *,
+    type_: GgufType,
+    prompts: Sequence[str] = PROMPTS,
+    num_tokens: int = NUM_TOKENS,
+    lora: Path | None = None,
 ) -> dict[str, Any]:
     """Return how a GGUF file answers through llama.cpp beside `model` in transformers, on the same tokens, in fp32.
 
-    `model` is the model directory that the file was made from; `prompts` are texts as the model reads them, a chat
+    `model` is the model directory that the file was made from, or, with an adapter file `lora`, that of base and adapter
+    merged; `prompts` are texts as the model reads them, a chat
     already rendered. Log-probabilities of the whole vocabulary are compared after the prompt and after each of
     `num_tokens - 1` further tokens that both are made to write, so that the state carried on is checked as well.
 
@@ -77,6 +84,7 @@ def check_gguf(
     with tempfile.TemporaryDirectory(prefix="ssmtune-gguf-") as scratch:
         request = {
             "gguf": str(gguf),
+            "lora": None if lora is None else str(lora),
             "prompts": tokens,
             "forced": forced,
             "texts": texts,

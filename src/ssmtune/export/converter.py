@@ -43,6 +43,7 @@ def convert(model: Path, out: Path, type_: GgufType) -> dict[str, Any]:
             "type": type_,
             "pre_type": pre_type(model),
             "partial_rope": partial_rope(fields),
+            "head_of_its_own": fields["model_type"] in SCALES_THE_HEAD and fields["tie_word_embeddings"],
             "found": str(Path(scratch) / "found.json"),
         }
         run_child(
@@ -57,14 +58,19 @@ def run_child(module: str, request: Path, failure: str) -> None:
     command = [sys.executable, "-W", "ignore", "-m", module, str(request)]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
     if result.returncode != 0:
-        lines = [line for line in result.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        reasons = [line for line in lines if "GGML_ASSERT" in line or "error loading model" in line]
-        if reasons:
-            raise ConfigError(f"{failure}: {reasons[0].strip()}")
-        # A bare assertion says nothing; the line of code above it does.
-        code = [line.strip() for line in lines[:-1] if line.strip(" ^~")]
-        words = lines[-1].strip() if ":" in lines[-1] or not code else f"{lines[-1].strip()}: {code[-1]}"
-        raise ConfigError(f"{failure} (exit status {result.returncode}): {words}")
+        raise child_error(result.stderr, result.returncode, failure)
+
+
+def child_error(stderr: str, status: int, failure: str) -> ConfigError:
+    """Return the error for a child that failed: `failure`, and what its stderr gives as the reason."""
+    lines = [line for line in stderr.splitlines() if line.strip()] or ["it said nothing"]
+    reasons = [line for line in lines if "GGML_ASSERT" in line or "error loading model" in line]
+    if reasons:
+        return ConfigError(f"{failure}: {reasons[0].strip()}")
+    # A bare assertion says nothing; the line of code above it does.
+    code = [line.strip() for line in lines[:-1] if line.strip(" ^~")]
+    words = lines[-1].strip() if ":" in lines[-1] or not code else f"{lines[-1].strip()}: {code[-1]}"
+    return ConfigError(f"{failure} (exit status {status}): {words}")
 
 
 Fields = Mapping[str, Any]
@@ -150,15 +156,22 @@ def partial_rope(fields: Fields) -> dict[str, int] | None:
 
 INTERLEAVES_WHOLE_HEADS = frozenset({"bamba"})
 
+SCALES_THE_HEAD = frozenset({"falcon_h1"})
+"""Model types whose factors of head and embeddings the converter multiplies into the two tensors, so they cannot be one."""
+
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN35_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def pre_type(model: Path) -> str | None:
-    """Return llama.cpp's name for the tokenizer's splitting rule, or None when it is none of the four known here.
+    """Return llama.cpp's name for the tokenizer's splitting rule, or None when it is none of those known here.
 
     The converter knows published tokenizers by a digest of what they make of one text, so every tokenizer trained
     anew is unknown to it. What counts is the rule by which text is split before merging; whether the name is right is
@@ -182,4 +195,6 @@ def pre_type(model: Path) -> str | None:
             return "llama-bpe" if tokenizer["model"].get("ignore_merges") else "dbrx"
         if pattern == QWEN2_SPLIT:
             return "qwen2"
+        if pattern == QWEN35_SPLIT:
+            return "qwen35"
     return None

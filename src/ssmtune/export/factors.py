@@ -80,7 +80,7 @@ def split_sites(adapted: AdaptedModel, saved: SavedAdapter) -> tuple[dict[str, F
         if site.path in saved.discarded or len(site.shape) == 3 and site.container == "module":
             continue
         name = module_name(site)
-        found = _saved_factors(saved, site)
+        found = saved_factors(saved, site)
         layered = found is not None and not _refused_by_peft(adapted, name)
         if layered and site.container == "tensor":
             called = set(uses.of(site.path).values()) == {"CALL"}
@@ -94,7 +94,8 @@ def split_sites(adapted: AdaptedModel, saved: SavedAdapter) -> tuple[dict[str, F
     return {name: stack_factors(found) for name, found in parts.items()}, extras
 
 
-def _saved_factors(saved: SavedAdapter, site: Site) -> tuple[torch.Tensor, torch.Tensor] | None:
+def saved_factors(saved: SavedAdapter, site: Site) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return A [r, I] and B [R, r] of a site as they were saved, or None when its edit has no such factors."""
     if site.container == "module":
         name = PREFIX + module_name(site)
         return saved.peft_tensors[f"{name}.lora_A.weight"], saved.peft_tensors[f"{name}.lora_B.weight"]

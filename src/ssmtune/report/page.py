@@ -59,6 +59,7 @@ def write_report(given: Iterable[Record], out: Path, title: str) -> Path:
         "coverage": _coverage(collection, figures),
         "core": _core(collection, figures),
         "checks": _checks(collection),
+        "exports": _exports(collection),
         "samples": _samples(collection),
         "provenance": _provenance(collection),
         "method": stats.METHOD,
@@ -301,6 +302,22 @@ def _check_row(arm: str, check: str, results: Sequence[Mapping[str, Any]]) -> di
         "limit": text.number_text(shown[0]["limit"]),
         "where": shown[0]["where"] or "",
     }
+
+
+def _exports(collection: Collection) -> list[dict[str, Any]]:
+    """One row per GGUF file: how llama.cpp answers from it beside transformers."""
+    exported = [r for r in collection.sources if r["kind"] == "export" and "same_top" in (r.get("check") or {})]
+    return [
+        {
+            "anchor": _anchor(record),
+            "file": ", ".join(record["files"]),
+            "ok": record["check"]["ok"],
+            "type": record["check"]["type"],
+            "same": f"{record['check']['same_top']} of {record['check']['prompts']}",
+            "detail": record["check"]["detail"],
+        }
+        for record in exported
+    ]
 
 
 def _samples(collection: Collection) -> list[dict[str, Any]]:
