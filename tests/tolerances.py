@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-FP32_EPS = torch.finfo(torch.float32).eps
-
 # Relative RMS error of an fp32 operation on up to 131 steps against fp64. A sum of n products of size 1 is off by about
 # sqrt(n) * eps; the cumulative log decay enters an exponential, which costs another factor of its size (up to ~40).
 OP_FP32 = 2e-5
@@ -45,6 +43,14 @@ RUN_LOSS = 1e-5
 # Weights after a few AdamW steps: an element whose gradient is rounding noise moves by up to lr in either direction, so
 # single elements may differ by a few lr; the mean over a tensor may not.
 RUN_WEIGHTS_MEAN = 1e-2
+
+# Gradients of two rows at once and of one after the other: the same products, summed in another order, relative to the
+# largest and to the mean element; the core's, which nearly cancel, lose another digit.
+GRADIENTS_FP32 = 1e-5
+
+# bf16 autocast rounds every weight, as one random step of bf16 in each weight does, and the activations beside them: the
+# gradient goes as far, times a small number (measured: 1 for most tensors, at most 3.3).
+BF16_STEPS = 5
 
 
 def relative_rms(found: torch.Tensor, truth: torch.Tensor) -> float:
