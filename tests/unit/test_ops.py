@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import BF16_ROUND_ONCE, OP_FP32, OP_FP64, OP_OVER_PEER, relative_rms

@@ -62,7 +62,7 @@ def mamba2_chunk_scan(
     document = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, extra)], dim=1).view(batch, num_chunks, size)
 
     # Running sums in fp64: a mild decay after strong ones is a small difference of two large sums.
-    log_decay = dt_log.double().cumsum(dim=2).transpose(2, 3).unflatten(2, (num_groups, -1))
+    log_decay = dt_log.double().cumsum(dim=2).transpose(2, 3).reshape(batch, num_chunks, num_groups, -1, size)
     y = _within_chunks(dtx_BcGRlP, B_BcGlN, C_BcGlN, log_decay, document)
     chunk_states = _chunk_states(dtx_BcGRlP, B_BcGlN, log_decay, document)
     initial = None
