@@ -248,9 +248,9 @@ def bench_cpu_memory() -> str:
         added = [f"{layer['memory'][side]['added_bytes'] / 2**20:,.0f} MiB" for side in ("ours", "theirs")]
         long = [f"{layer['memory_long'][key] / 2**20:,.0f} MiB" for key in ("added_bytes", "process_bytes")]
         rows.append([label, str(layer["parity"]["tensors"]), *errors, *added, *long])
-    last, longest = record["config"]["lengths"][-1], record["config"]["long"]
+    first, longest = record["config"]["lengths"][0], record["config"]["long"]
     errors = ["worst error: ssmtune", "transformers"]
-    added = [f"added at {last:,}: ssmtune", "transformers"]
+    added = [f"added at {first:,}: ssmtune", "transformers"]
     long = [f"ssmtune at {longest:,} tokens, width {record['config']['long_width']}: added", "whole process"]
     return table(["layer", "tensors compared", *errors, *added, *long], rows)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+FP32_EPS = torch.finfo(torch.float32).eps
+
 # Relative RMS error of an fp32 operation on up to 131 steps against fp64. A sum of n products of size 1 is off by about
 # sqrt(n) * eps; the cumulative log decay enters an exponential, which costs another factor of its size (up to ~40).
 OP_FP32 = 2e-5
