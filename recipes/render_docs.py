@@ -26,6 +26,7 @@ PRETRAIN = ROOT / "records/pretrain/tiny-granite-h.json"
 GGUF = ROOT / "records/export/gguf.json"
 STUDY = ROOT / "records/studies/granite/study.json.gz"
 BENCH = ROOT / "records/bench"
+CPU = BENCH / "operations-cpu.json"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -186,11 +187,16 @@ def bench_components() -> str:
     return table(["component", *found], rows)
 
 
+def operation_records() -> list[dict[str, Any]]:
+    """The records of the kernels on a GPU."""
+    records = [read_record(path, kind="benchmark") for path in sorted(BENCH.glob("operations-*.json"))]
+    return [record for record in records if record["config"]["benchmark"] == "operations"]
+
+
 def bench_operations() -> str:
     """Time and memory of the kernels beside the reference."""
     rows = []
-    for path in sorted(BENCH.glob("operations-*.json")):
-        record = read_record(path, kind="benchmark")
+    for record in operation_records():
         for operation, sides in record["timings"].items():
             for backend, entry in sides.items():
                 both = f"{entry['both_ms']:.2f} ms"
@@ -203,8 +209,7 @@ def bench_operations() -> str:
 def bench_parity() -> str:
     """The tensor of each operation and precision whose error is furthest beyond the reference's."""
     rows = []
-    for path in sorted(BENCH.glob("operations-*.json")):
-        record = read_record(path, kind="benchmark")
+    for record in operation_records():
         for group in dict.fromkeys(name.rpartition("/")[0] for name in record["parity"]):
             entries = [e for name, e in record["parity"].items() if name.startswith(group + "/")]
             worst = max(entries, key=lambda e: e["excess"])
@@ -213,6 +218,53 @@ def bench_parity() -> str:
             rows.append([group, str(num), worst["tensor"], *errors, worst["where"]])
     headings = ["operation", "cases", "worst tensor", "relative error", "the reference's", "allowed beyond it", "where"]
     return table(headings, rows)
+
+
+def bench_cpu() -> str:
+    """Time of the recurrent layers on a CPU on both sides, and how busy the machine was."""
+    record = read_record(CPU, kind="benchmark")
+    rows = []
+    for label, layer in record["layers"].items():
+        for steps, sides in layer["speed"].items():
+            row = [label, str(layer["width"]), f"1 x {int(steps):,}"]
+            for what in ("forward_ms", "both_ms"):
+                found = [sides[side][what] for side in ("ours", "theirs")]
+                row += [f"{f['median']:,.1f} ({f['fastest']:,.1f}-{f['slowest']:,.1f})" for f in found]
+                row.append(f"{found[1]['median'] / found[0]['median']:.1f}")
+            rows.append(row)
+    sides = ["ssmtune, ms", "transformers, ms", "times as fast"]
+    both = [f"both: {side}" for side in sides]
+    busy = " before, ".join(f"{record['load_average'][when][0]:.1f}" for when in ("before", "after"))
+    facts = f"{record['environment']['device']}, {record['config']['dtype']}; load average {busy} after."
+    return table(["layer", "width", "tokens", *(f"forward: {side}" for side in sides), *both], rows) + f"\n\n{facts}"
+
+
+def bench_cpu_memory() -> str:
+    """Parity and peak memory of the same layers."""
+    record = read_record(CPU, kind="benchmark")
+    rows = []
+    for label, layer in record["layers"].items():
+        errors = [f"{layer['parity'][side]['error']:.1e}" for side in ("ours", "theirs")]
+        added = [f"{layer['memory'][side]['added_bytes'] / 2**20:,.0f} MiB" for side in ("ours", "theirs")]
+        long = [f"{layer['memory_long'][key] / 2**20:,.0f} MiB" for key in ("added_bytes", "process_bytes")]
+        rows.append([label, str(layer["parity"]["tensors"]), *errors, *added, *long])
+    first, longest = record["config"]["lengths"][0], record["config"]["long"]
+    errors = ["worst error: ssmtune", "transformers"]
+    added = [f"added at {first:,}: ssmtune", "transformers"]
+    long = [f"ssmtune at {longest:,} tokens, width {record['config']['long_width']}: added", "whole process"]
+    return table(["layer", "tensors compared", *errors, *added, *long], rows)
+
+
+def planted_faults() -> str:
+    """Every planted fault, what names it, and where it is planted."""
+    sys.path.insert(0, str(ROOT / "tests/faults"))
+    from planted import PLANTED
+
+    rows = [
+        [row.fault, "yes" if row.published else "", f"`{row.named_by}`", ", ".join(row.families), f"`{row.test}`"]
+        for row in PLANTED
+    ]
+    return table(["fault", "published", "named by", "planted in", "test"], rows)
 
 
 def export_targets() -> str:
@@ -255,7 +307,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"headline": study_headline, "families": families},
     "docs/families.md": {"families": families, "roles": roles},
     "docs/methods/README.md": {"methods": methods},
-    "docs/verify.md": {"checks": checks},
+    "docs/verify.md": {"checks": checks, "faults": planted_faults},
     "docs/export.md": {"targets": export_targets, "gguf": gguf_families},
     "docs/tasks.md": {"tasks": tasks},
     "docs/tiny-granite-h.md": {"facts": pretrain_facts, "samples": pretrain_samples},
@@ -264,6 +316,8 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "components": bench_components,
         "operations": bench_operations,
         "parity": bench_parity,
+        "cpu": bench_cpu,
+        "cpu-memory": bench_cpu_memory,
     },
     "docs/studies/granite.md": {"study": study_tables, "core": core_movement},
 }

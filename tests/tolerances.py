@@ -46,6 +46,14 @@ RUN_LOSS = 1e-5
 # single elements may differ by a few lr; the mean over a tensor may not.
 RUN_WEIGHTS_MEAN = 1e-2
 
+# Gradients of two rows at once and of one after the other: the same products, summed in another order, relative to the
+# largest and to the mean element; the core's, which nearly cancel, lose another digit.
+GRADIENTS_FP32 = 1e-5
+
+# bf16 autocast rounds every weight, as one random step of bf16 in each weight does, and the activations beside them: the
+# gradient goes as far, times a small number (measured: 1 for most tensors, at most 3.3).
+BF16_STEPS = 5
+
 
 def relative_rms(found: torch.Tensor, truth: torch.Tensor) -> float:
     """RMS of the error over the RMS of the truth, in fp64; absolute where the truth is zero."""

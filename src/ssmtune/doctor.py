@@ -1,4 +1,4 @@
-"""Doctor: are the operations right on this machine, and does a model keep packed documents apart?"""
+"""Doctor: are operations and scorers right on this machine, and does a model keep packed documents apart?"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ssmtune.op_cases import all_cases, case_errors
 from ssmtune.operations import install_operations
 from ssmtune.ops.case import Case
 from ssmtune.records import environment
+from ssmtune.tasks.base import STOPS, Task, get_task, messages, task_names
 from ssmtune.verify import left_unchanged_model, sample_documents
 from ssmtune.verify.base import CheckResult
 from ssmtune.verify.packing import compare_packed
@@ -109,7 +110,7 @@ class DoctorReport:
 
     @property
     def ok(self) -> bool:
-        """True when every operation is right here; a known-bad pair concerns kernels that ssmtune does not use."""
+        """True when every operation and scorer is right here; a known-bad pair concerns kernels that ssmtune does not use."""
         return all(check.ok for check in self.checks.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,7 +137,8 @@ class DoctorReport:
 def examine(device: str | None = None) -> DoctorReport:
     """Run every operation of ssmtune, forward and every gradient, in fp32 and bf16, against its fp64 recurrence.
 
-    Lengths are odd; packed, padded and continued sequences are among the cases. Nothing outside is changed.
+    Lengths are odd; packed, padded and continued sequences are among the cases. The scorer of every task is tried as well:
+    what a model writes behind the end of its answer must not count. Nothing outside is changed.
     `device` is "cpu" or "cuda"; the GPU where there is one by default. Raises `ConfigError` for a GPU that is absent.
     """
     if device is None:
@@ -150,6 +152,7 @@ def examine(device: str | None = None) -> DoctorReport:
             name = f"{operation}/{str(dtype).removeprefix('torch.')}"
             members = [case for case in cases if case.operation == operation]
             checks[name] = _check(name, members, dtype, limit, torch.device(device))
+    checks |= {f"scorer/{name}": scorer_check(name, get_task(name)) for name in task_names()}
     facts = environment()
     on_gpu = torch.device(device).type == "cuda"
     return DoctorReport(
@@ -191,6 +194,34 @@ def _check(name: str, cases: list[Case], dtype: torch.dtype, limit: float, devic
         limit=limit,
         where=where,
         detail=f"{num} outputs and gradients of {len(cases)} cases; largest relative error {worst:.2g}",
+    )
+
+
+def scorer_check(name: str, task: Task) -> CheckResult:
+    """Return whether a task scores an answer up to its stop and no further.
+
+    Measured: the largest change of a metric by text behind the stop: another answer after the right one, and the right
+    one after an empty answer. Limit: 0. A task that does not give its own answers full marks fails as well.
+    """
+    right, other = task.generate(2 / task.full_size, seed=0)[:2]
+    answer, wrong = (messages(example)[1][0]["content"] for example in (right, other))
+    best, worst, where = task.score(answer, right), 0.0, ""
+    for stop in STOPS:
+        for kept, text in ((answer, answer + stop + wrong), ("", stop + answer)):
+            expected, found = task.score(kept, right), task.score(text, right)
+            metric = max(expected, key=lambda key: abs(found[key] - expected[key]))
+            if abs(found[metric] - expected[metric]) > worst:
+                worst = abs(found[metric] - expected[metric])
+                where = f"{metric}, text after {stop} behind {'the right' if kept else 'an empty'} answer"
+    if best[task.primary] < 1:
+        worst, where = 1.0, f"{task.primary} of the task's own answer is {best[task.primary]:.2f}"
+    return CheckResult(
+        name=f"scorer/{name}",
+        ok=worst == 0,
+        measured=worst,
+        limit=0,
+        where=where,
+        detail=f"text behind {' or '.join(STOPS)} changes the metrics by {worst:.2g}",
     )
 
 

@@ -3,67 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
-from planting import Make, Run, make_base, replace_operation
+from planting import Make, Run, make_base
 from torch import nn
 
 from ssmtune.attach import attach
 from ssmtune.errors import AttachError, PlanMismatch
-from ssmtune.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
-from ssmtune.ops.mamba2_chunk_scan import mamba2_chunk_scan
 from ssmtune.plan import make_plan
 from ssmtune.verify import verify
-from ssmtune.verify.forward import TOLERANCE, path_logits, relative_difference
 
 OUT_PROJ = "model.layers.0.mamba.out_proj"
-
-
-FUSED = "mamba2_split_conv1d_scan_combined"
-
-
-def fused_stand_in(
-    zxbcdt: torch.Tensor,
-    conv1d_weight: torch.Tensor,
-    conv1d_bias: torch.Tensor,
-    dt_bias: torch.Tensor,
-    A: torch.Tensor,
-    D: torch.Tensor,
-    *,
-    rmsnorm_weight: torch.Tensor,
-    rmsnorm_eps: float,
-    outproj_weight: torch.Tensor,
-    outproj_bias: torch.Tensor | None,
-    headdim: int,
-    ngroups: int,
-    activation: str,
-    **_: Any,
-) -> torch.Tensor:
-    """The contract of mamba_split_conv1d_scan_combined (gate after the scan, one group) in plain PyTorch."""
-    num_heads = A.shape[0]
-    inner = num_heads * headdim
-    state = (conv1d_weight.shape[0] - inner) // (2 * ngroups)
-    z, xBC, dt = zxbcdt.split([inner, conv1d_weight.shape[0], num_heads], dim=-1)
-    xBC = causal_conv1d(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, activation).transpose(1, 2)
-    x, B, C = xBC.split([inner, ngroups * state, ngroups * state], dim=-1)
-    batch, num_steps, _ = x.shape
-    y, _ = mamba2_chunk_scan(
-        x.reshape(batch, num_steps, num_heads, headdim),
-        dt,
-        A,
-        B.reshape(batch, num_steps, ngroups, state),
-        C.reshape(batch, num_steps, ngroups, state),
-        D_H=D,
-        dt_bias_H=dt_bias,
-        dt_softplus=True,
-    )
-    gated = y.reshape(batch, num_steps, inner) * F.silu(z)
-    gated = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + rmsnorm_eps) * rmsnorm_weight
-    return F.linear(gated, outproj_weight, outproj_bias)
 
 
 def test_wrong_targets_are_shown_by_layer(make: Make, run: Run) -> None:
@@ -121,46 +73,6 @@ def test_a_stale_plan_is_refused_before_anything_is_touched() -> None:
     with pytest.raises(PlanMismatch, match="inventory"):
         attach(model, plan)
     attach(model, make_plan(model, "all+core"))
-
-
-def test_a_fused_kernel_that_swallows_out_proj(make: Make, run: Run) -> None:
-    adapted = make("recurrent")
-    replace_operation(adapted, 0, **{FUSED: fused_stand_in})
-    result = run("liveness", adapted)
-    assert not result.ok and result.measured == 0
-    assert f"{OUT_PROJ}.lora_A.default.weight on path train" in result.where
-    assert f"{OUT_PROJ}.lora_B.default.weight on path train" in result.where
-    assert "2 dead" in result.detail
-    result = run("paths_agree", adapted)
-    assert not result.ok and "path train" in result.where
-    # Without the adapter the stand-in is the same function: it is the adapter that the path loses.
-    with adapted.disable_adapter():
-        ids = torch.arange(1, 12)[None]
-        logits = [path_logits(adapted, path, ids) for path in ("train", "eval")]
-        assert relative_difference(*logits) < TOLERANCE[torch.float32]
-
-
-def test_an_adapter_dropped_on_the_cached_step(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapted = make("recurrent")
-    layer = adapted.base_model.model.get_submodule(OUT_PROJ)
-    whole = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda x: layer.base_layer(x) if x.shape[1] == 1 else whole(x))
-    result = run("liveness", adapted)
-    assert not result.ok and f"{OUT_PROJ}.lora_B.default.weight on path decode" in result.where
-    result = run("paths_agree", adapted)
-    assert not result.ok and "path decode" in result.where
-
-
-def test_a_convolution_state_that_is_off_by_one(make: Make, run: Run) -> None:
-    def shifted(x: torch.Tensor, state: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        out = causal_conv1d_update(x, state, *args, **kwargs)
-        state.copy_(state.roll(1, -1))
-        return out
-
-    adapted = make()
-    replace_operation(adapted, 2, causal_conv1d_update=shifted)
-    result = run("paths_agree", adapted)
-    assert not result.ok and "path decode" in result.where
 
 
 def test_a_core_trained_in_place_in_bf16_does_not_move(make: Make, run: Run) -> None:

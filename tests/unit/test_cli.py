@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from contracts.tiny import CASES, Case, tiny_config, tiny_inventory, tiny_model
 
 from ssmtune.cli import main as cli
+from ssmtune.families.base import family_names, get_family
 
 GRANITE = Path(__file__).parent.parent / "data" / "granite_4_h_micro.json"
 
@@ -122,6 +126,72 @@ def test_inspect_prints_the_contract(run: Run) -> None:
     assert result["unclaimed"] == []
     assert result["total"] == 6_268_528
     assert {component["role"] for component in result["components"]} >= {"ssm.in", "ssm.in.dt", "ssm.A_log", "attn.q"}
+
+
+FIRST_CASES = [next(case for case in CASES if case[0] == family) for family in family_names()]
+
+
+@pytest.mark.parametrize("case", FIRST_CASES, ids="-".join)
+def test_inspect_tells_the_use_of_every_tensor_from_a_config_alone(case: Case, tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "config.json"
+    tiny_config(case).to_json_file(str(path), use_diff=False)
+    code, out, _ = run("inspect", str(path), "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert (result["family"], result["total"]) == (case[0], tiny_inventory(case).total)
+    for component in result["components"]:
+        assert list(component["uses"]) == ["train", "eval", "prefill", "decode"]
+        assert set(component["uses"].values()) <= (
+            {"CALL", "READ"} if component["group"] != "other" else {"NONE", "CALL"}
+        )
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_tables_for_people_fit_the_terminal(columns: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, _ = run("inspect", str(GRANITE))
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= int(columns)
+    assert re.search(r"ssm\.A_log +36 of 40 +2,304 +64 +READ", out)
+    assert re.search(r"ssm\.out +36 of 40 +301,989,888 +2048x4096 +CALL", out)
+    # Coverage: tensors, parameters, their share, and the layers that have them.
+    assert re.search(r"attention +16 +41,943,040 +1\.31% +5, 15, 25, 35", out)
+    code, out, _ = run("plan", str(GRANITE), "--recipe", "attention")
+    assert code == 0
+    assert "recipe attention: 851,968 of 3,191,396,096 train (0.027%)" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= int(columns)
+    assert "attention 16 of 16" in out and "recurrent 0 of 72" in " ".join(out.split())
+
+
+LEAKING: tuple[Case, ...] = (("mamba", "tied"), ("jamba", "dense"), ("lfm2", "dense"), ("granite_hybrid", "dense"))
+
+
+@pytest.mark.parametrize("case", LEAKING, ids="-".join)
+def test_doctor_names_a_leak_and_fails(case: Case, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted fault: nothing keeps the documents of a packed row apart. Sound, the model passes and its stock form leaks."""
+    # The operations have tests of their own.
+    monkeypatch.setattr("ssmtune.doctor.all_cases", list)
+    monkeypatch.setenv("COLUMNS", "80")
+    tiny_model(case).save_pretrained(tmp_path)
+    code, out, _ = run("doctor", "--leak", str(tmp_path))
+    assert code == 0, out
+    assert "The model as transformers runs it leaks" in " ".join(out.split())
+
+    leaking = dataclasses.replace(get_family(case[0]), prepare_packed=None)
+    monkeypatch.setattr("ssmtune.doctor.find_family", lambda model_type: (case[0], leaking))
+    code, out, _ = run("doctor", "--leak", str(tmp_path))
+    assert code == 1
+    assert "FAILED" in out
+    assert re.search(
+        r"packing: path \w+, document \d of 3, token \d+; with ssmtune's operations", " ".join(out.split())
+    )
+    assert max(map(len, out.splitlines())) <= 80
+    code, out, _ = run("doctor", "--leak", str(tmp_path), "--json")
+    check = json.loads(out)["checks"][-1]
+    assert code == 1
+    assert (check["name"], check["ok"]) == ("packing", False)
+    assert check["measured"] > 100 * check["limit"] and "document" in check["where"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from ssmtune.families.base import get_family
 from ssmtune.ops.case import Case, named_outputs
 from ssmtune.ops.mamba2_chunk_scan import cases as mamba2_cases
 from ssmtune.ops.mamba2_chunk_scan import mamba2_chunk_scan
+from ssmtune.tasks.base import get_task, task_names
 from ssmtune.verify.base import CheckResult
 
 
@@ -29,16 +30,18 @@ def _scan_errors(function: Any, label: str) -> dict[str, float]:
     return op_cases.case_errors(wrong, torch.float32, torch.device("cpu"))
 
 
-def test_every_operation_is_right_here() -> None:
+def test_every_operation_and_scorer_is_right_here() -> None:
     report = doctor.examine("cpu")
     assert report.ok, report.lines()
-    names = {name.partition("/")[0] for name in report.checks}
+    scorers = {name for name in report.checks if name.startswith("scorer/")}
+    assert scorers == {f"scorer/{name}" for name in task_names()}
+    names = {name.partition("/")[0] for name in set(report.checks) - scorers}
     assert names == {
         *("causal_conv1d", "causal_conv1d_update", "mamba1_selective_scan", "mamba1_state_update"),
         *("mamba2_chunk_scan", "selective_state_update", "rg_lru", "rwkv_wkv", "mlstm", "gated_rms_norm"),
         *("gated_delta_rule", "gated_delta_rule_update", "gated_delta_rule_kda", "gated_delta_rule_kda_update"),
     }
-    assert {name.partition("/")[2] for name in report.checks} == {"float32", "bfloat16"}
+    assert {name.partition("/")[2] for name in set(report.checks) - scorers} == {"float32", "bfloat16"}
     assert report.versions["torch"] and report.device == "cpu"
     assert [CheckResult.from_dict(c) for c in report.to_dict()["checks"]] == list(report.checks.values())
 
@@ -69,6 +72,16 @@ def test_a_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "all_cases", mamba2_cases.cases)
     result = doctor.examine("cpu").checks["mamba2_chunk_scan/float32"]
     assert not result.ok and result.measured == float("inf") and "output" in result.where
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_a_scorer_without_a_stop_rule_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a published study scored: everything that the model wrote until its tokens ran out."""
+    assert doctor.scorer_check(name, get_task(name)).ok
+    for module in ("classification", "_answers"):
+        monkeypatch.setattr(f"ssmtune.tasks.{module}.stop_text", lambda completion: completion)
+    result = doctor.scorer_check(name, get_task(name))
+    assert not result.ok and result.measured == 1 and "<|end_of_text|>" in result.where
 
 
 def test_known_bad_pairs_are_told_by_gpu_and_version() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ssmtune.cli.output import make_table, print_result, quiet_libraries, tables, words
+from ssmtune.cli.output import make_table, print_result, print_table, quiet_libraries, tables, words
 
 
 def bench(
@@ -75,7 +75,7 @@ def _print_tables(record: dict[str, Any]) -> None:
         table.add_row(
             name, f"{side['tokens_per_s']:,.0f}", f"{low:,.0f}-{high:,.0f}", f"{side['first_step_s']:.1f} s", memory
         )
-    tables().print(table)
+    print_table(table)
     for name, side in record["sides"].items():
         if "error" in side:
             words.print(f"{name}: {side['error']}")
@@ -83,7 +83,7 @@ def _print_tables(record: dict[str, Any]) -> None:
     parts = make_table("Milliseconds a step by component", "component", *sides, numbers=tuple(sides))
     for part in dict.fromkeys(part for side in sides.values() for part in side["components"]):
         parts.add_row(part, *(f"{side['components'].get(part, 0.0) * 1000:,.1f}" for side in sides.values()))
-    tables().print(parts)
+    print_table(parts)
     if record["ratio"] is not None:
         low, high = record["ratio"]["range"]
         tables().print(f"ssmtune is {record['ratio']['median']:.2f} times as fast (repeats: {low:.2f}-{high:.2f}).")

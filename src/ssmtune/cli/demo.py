@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ssmtune.cli.output import make_table, print_result, quiet_libraries, tables, words
+from ssmtune.cli.output import make_table, print_result, print_table, quiet_libraries, tables, words
 
 
 def demo(
@@ -35,7 +35,7 @@ def demo(
                 f"{row['stopped']:.1%}",
                 str(row["num"]),
             )
-        tables().print(table)
+        print_table(table)
         checks = record["verify"]["checks"]
         good = sum(check["ok"] for check in checks)
         tables().print(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ssmtune.cli.output import CHECK_HEADINGS, check_rows, make_table, print_result, quiet_libraries, tables
+from ssmtune.cli.output import print_checks, print_result, quiet_libraries, tables
 
 
 def doctor(
@@ -14,7 +14,7 @@ def doctor(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where there is one by default.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Compare every operation, forward and all gradients, with an fp64 recurrence on this machine.
+    """Compare every operation, forward and all gradients, with an fp64 recurrence on this machine; try every scorer.
 
     Examples: [cyan]ssmtune doctor[/cyan] . [cyan]ssmtune doctor --leak tiny-granite-h[/cyan]
     """
@@ -30,13 +30,9 @@ def doctor(
     if json_output:
         print_result({**report.to_dict(), "ok": ok, "checks": [check.to_dict() for check in checks]})
     else:
-        title = f"doctor: {'all operations are right here' if ok else 'FAILED'}"
-        table = make_table(title, *CHECK_HEADINGS, numbers=("measured", "limit"), wrap=("where",))
-        check_rows(table, checks)
-        tables().print(table)
-        for check in checks:
-            if not check.ok or check.name == "packing":
-                tables().print(f"{check.name}: {check.detail}")
+        print_checks(f"doctor: {'operations and scorers are right here' if ok else 'FAILED'}", checks)
+        if leak is not None and checks[-1].ok:
+            tables().print(f"packing: {checks[-1].detail}")
         tables().print("  ".join(f"{name} {version}" for name, version in report.versions.items()))
         for pair in report.known_bad:
             tables().print(f"[yellow]known bad here: {pair.name} on {pair.gpu}: {pair.reason} ({pair.source})[/yellow]")

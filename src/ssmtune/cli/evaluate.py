@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ssmtune.cli.output import make_table, print_result, quiet_libraries, tables
+from ssmtune.cli.output import make_table, print_result, print_table, quiet_libraries
 from ssmtune.errors import ConfigError
 
 
@@ -96,7 +96,7 @@ def evaluate(
             result = paired_difference(ours, theirs, seed=0)
             row.append(f"{result.difference:+.1%} [{result.low:+.1%}, {result.high:+.1%}]")
         table.add_row(*row)
-    tables().print(table)
+    print_table(table)
 
 
 def _same_split(data: dict[str, Any], task: str | None, size: float | None) -> tuple[str | None, float | None]:

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ssmtune.cli.output import make_table, print_result, quiet_libraries, tables
+from ssmtune.cli.output import layer_ranges, make_table, print_result, print_table, quiet_libraries, tables
+
+COUNTS = ("tensors", "parameters", "share")
 
 
 def inspect(
@@ -49,8 +51,17 @@ def inspect(
             ", ".join(sorted({"x".join(map(str, c.shape)) for c in members})),
             used[PATHS[0]] if same else ", ".join(f"{path} {use}" for path, use in used.items()),
         )
-    tables().print(table)
+    print_table(table)
     tables().print(
-        "How training, evaluation, prefill and decode use the tensor: CALL, its module is called; READ, the tensor itself "
-        "is read; NONE, not at all. 'inspect --json' lists every tensor with its row ranges."
+        "How training, evaluation, prefill and decode use the tensor, in one word where they agree: CALL, its module is "
+        "called; READ, the tensor itself is read; NONE, not at all. 'inspect --json' lists every tensor with its rows.\n"
     )
+    table = make_table(
+        "Coverage: every parameter is claimed once", "group", *COUNTS, "layers", numbers=COUNTS, wrap=("layers",)
+    )
+    for group in sorted({c.group for c in inventory.components}):
+        inside = [c for c in inventory.components if c.group == group]
+        num_params = sum(c.num_params for c in inside)
+        counts = (str(len(inside)), f"{num_params:,}", f"{num_params / inventory.total:.2%}")
+        table.add_row(group, *counts, layer_ranges(sorted({c.layer for c in inside if c.layer is not None})))
+    print_table(table)

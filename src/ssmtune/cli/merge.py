@@ -7,7 +7,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from ssmtune.cli.output import make_table, print_result, quiet_libraries, tables, words
+from ssmtune.cli.output import make_table, print_result, print_table, quiet_libraries, words
 from ssmtune.errors import ConfigError, nearest
 
 
@@ -42,5 +42,5 @@ def merge(
             f"{row['survives']:.1%}",
             f"{row['max_abs_delta']:.2e}",
         )
-    tables().print(table)
+    print_table(table)
     words.print("Load it with transformers.AutoModelForCausalLM.from_pretrained; ssmtune is not needed for that.")

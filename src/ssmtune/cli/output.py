@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
     from ssmtune.verify.base import CheckResult
 
 CHECK_HEADINGS = ("check", "result", "measured", "limit", "where")
+
+NARROWEST = 68
+"""Columns of a terminal that a table of checks needs beside their names, so that a place has 36 or more."""
 
 words = Console(stderr=True, soft_wrap=True)
 
@@ -45,11 +49,29 @@ def make_table(title: str, *headings: str, numbers: Collection[str] = (), wrap: 
     return table
 
 
-def check_rows(table: Table, checks: Iterable[CheckResult]) -> None:
-    """Add one row per check to a table of check, result, measured, limit, where."""
+def print_table(table: Table) -> None:
+    """Print a table on stdout under its title; rich alone would break the title at the table's own width."""
+    console, title, table.title = tables(), table.title, None
+    if title is not None:
+        console.print(title, style="table.title", highlight=False)
+    console.print(table)
+
+
+def print_checks(title: str, checks: Iterable[CheckResult]) -> None:
+    """Print one row per check; where the worst value is goes below the table, for failed ones, when there is no room."""
+    checks = list(checks)
+    roomy = tables().width >= NARROWEST + max(len(check.name) for check in checks)
+    table = make_table(title, *CHECK_HEADINGS[: None if roomy else -1], numbers=("measured", "limit"), wrap=("where",))
     for check in checks:
         mark = "[green]ok[/green]" if check.ok else "[red]FAILED[/red]"
-        table.add_row(check.name, mark, f"{check.measured:.3g}", f"{check.limit:.3g}", check.where)
+        row = (check.name, mark, f"{check.measured:.3g}", f"{check.limit:.3g}")
+        table.add_row(*row, *([escape(check.where)] if roomy else []))
+    print_table(table)
+    for check in checks:
+        if not check.ok:
+            tables().print(
+                escape(f"{check.name}: {'' if roomy else f'{check.where}; '}{check.detail}"), highlight=False
+            )
 
 
 def quiet_libraries() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ssmtune.cli.output import layer_ranges, make_table, print_result, quiet_libraries, tables
+from ssmtune.cli.output import layer_ranges, make_table, print_result, print_table, quiet_libraries, tables
 
 
 def plan(
@@ -51,7 +51,13 @@ def plan(
         members = [s for s in made.sites if (s.role, s.method) == (role, method)]
         layers = sorted({s.layer for s in members if s.layer is not None})
         table.add_row(role, method, layer_ranges(layers), str(len(members)), f"{sum(s.num_params for s in members):,}")
-    tables().print(table)
+    print_table(table)
     rows = coverage_table(inventory, {s.path for s in made.sites})
     reached = {row["layer"] for row in rows if row["adapted"]}
     tables().print(f"Layers with at least one adapted site: {len(reached)} of {inventory.num_layers}.")
+    groups: dict[str, list[int]] = {}
+    for row in rows:
+        adapted, sites = groups.get(row["group"], (0, 0))
+        groups[row["group"]] = [adapted + row["adapted"], sites + row["sites"]]
+    parts = [f"{group} {adapted} of {sites}" for group, (adapted, sites) in sorted(groups.items())]
+    tables().print(f"Tensors adapted: {', '.join(parts)}.")

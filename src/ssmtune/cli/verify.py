@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssmtune.cli.output import CHECK_HEADINGS, check_rows, make_table, print_result, quiet_libraries, tables
+from ssmtune.cli.output import print_checks, print_result, quiet_libraries
 
 if TYPE_CHECKING:
     from ssmtune.verify import VerifyReport
@@ -34,8 +34,5 @@ def verify_and_report(run: str, *, show: bool = True) -> VerifyReport:
 
     report = verify_stage(run)
     if show:
-        title = f"verify {run}: {'all checks hold' if report.ok else 'FAILED'}"
-        table = make_table(title, *CHECK_HEADINGS, numbers=("measured", "limit"), wrap=("where",))
-        check_rows(table, report.checks.values())
-        tables().print(table)
+        print_checks(f"verify {run}: {'all checks hold' if report.ok else 'FAILED'}", report.checks.values())
     return report

@@ -61,9 +61,8 @@ def mamba2_chunk_scan(
     C_BcGlN = F.pad(C, (0, 0, 0, 0, 0, extra)).view(batch, num_chunks, size, num_groups, -1).transpose(2, 3)
     document = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, extra)], dim=1).view(batch, num_chunks, size)
 
-    log_decay = (
-        dt_log.cumsum(dim=2).permute(0, 1, 3, 2).reshape(batch, num_chunks, num_groups, num_heads // num_groups, size)
-    )
+    # Running sums in fp64: a mild decay after strong ones is a small difference of two large sums.
+    log_decay = dt_log.double().cumsum(dim=2).transpose(2, 3).reshape(batch, num_chunks, num_groups, -1, size)
     y = _within_chunks(dtx_BcGRlP, B_BcGlN, C_BcGlN, log_decay, document)
     chunk_states = _chunk_states(dtx_BcGRlP, B_BcGlN, log_decay, document)
     initial = None
@@ -76,7 +75,7 @@ def mamba2_chunk_scan(
     # What each position reads of the state that entered its chunk.
     last_before = torch.cat([document[:, :1, 0], document[:, :-1, -1]], dim=1)
     continues = document == last_before[..., None]
-    weight = torch.exp(log_decay.masked_fill(~continues[:, :, None, None, :], -math.inf))
+    weight = torch.exp(log_decay.to(dtype).masked_fill(~continues[:, :, None, None, :], -math.inf))
     carried = torch.matmul(C_BcGlN[:, :, :, None], entering.transpose(-1, -2)) * weight[..., None]
     y = (y + carried).permute(0, 1, 4, 2, 3, 5).reshape(batch, num_steps + extra, num_heads, -1)[:, :num_steps]
     if D_H is not None:
@@ -114,7 +113,7 @@ def _within_chunks(
     size = document.shape[-1]
     causal = torch.ones(size, size, dtype=torch.bool, device=document.device).tril()
     allowed = causal & (document[..., :, None] == document[..., None, :])
-    log_weight = log_decay[..., :, None] - log_decay[..., None, :]
+    log_weight = (log_decay[..., :, None] - log_decay[..., None, :]).to(dtx_BcGRlP.dtype)
     weight = torch.exp(log_weight.masked_fill(~allowed[:, :, None, None], -math.inf))
     scores = torch.matmul(C_BcGlN, B_BcGlN.transpose(-1, -2))
     return torch.matmul(scores[:, :, :, None] * weight, dtx_BcGRlP)
@@ -125,26 +124,28 @@ def _chunk_states(
 ) -> torch.Tensor:
     """State at the end of each chunk due to that chunk's own inputs, [B, c, G, R, P, N]."""
     survives = document == document[..., -1:]
-    log_weight = (log_decay[..., -1:] - log_decay).masked_fill(~survives[:, :, None, None, :], -math.inf)
+    log_weight = (
+        (log_decay[..., -1:] - log_decay).to(dtx_BcGRlP.dtype).masked_fill(~survives[:, :, None, None, :], -math.inf)
+    )
     return torch.matmul((dtx_BcGRlP * torch.exp(log_weight)[..., None]).transpose(-1, -2), B_BcGlN[:, :, :, None])
 
 
 def _pass_states(
     chunk_states: torch.Tensor, chunk_log_decay: torch.Tensor, document: torch.Tensor, initial: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """States entering each chunk, [B, c, G, R, P, N], and the final state, by one product over pairs of chunks."""
-    if initial is None:
-        initial = torch.zeros_like(chunk_states[:, 0])
-    states = torch.cat([initial[:, None], chunk_states], dim=1)
-    # Entry j of `total` is the log decay from the start of the sequence to the end of chunk j-1.
-    total = F.pad(chunk_log_decay.cumsum(dim=1), (0, 0, 0, 0, 1, 0)).permute(0, 2, 3, 1)
-    last = torch.cat([document[:, :1, 0], document[..., -1]], dim=1)
-    num = last.shape[1]
-    causal = torch.ones(num, num, dtype=torch.bool, device=document.device).tril()
-    allowed = causal & (last[:, :, None] == last[:, None, :])
-    log_weight = (total[..., :, None] - total[..., None, :]).masked_fill(~allowed[:, None, None], -math.inf)
-    passed = torch.einsum("bgrij,bjgrpn->bigrpn", torch.exp(log_weight), states)
-    return passed[:, :-1], passed[:, -1]
+    """States entering each chunk, [B, c, G, R, P, N], and the final state.
+
+    One chunk after the other: decays over many chunks taken from running sums would lose the digits that the sums gain.
+    """
+    last = document[..., -1]
+    before = torch.cat([document[:, :1, 0], last[:, :-1]], dim=1)
+    decay = torch.exp(chunk_log_decay).to(chunk_states.dtype) * (last == before)[:, :, None, None]
+    state = torch.zeros_like(chunk_states[:, 0]) if initial is None else initial
+    entering = []
+    for own, kept in zip(chunk_states.unbind(1), decay[..., None, None].unbind(1), strict=True):
+        entering.append(state)
+        state = torch.addcmul(own, kept, state)
+    return torch.stack(entering, dim=1), state
 
 
 def mamba2_recurrence(
