@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from contracts.tiny import CASES, Case, logits_of, randomise, tiny_config, tiny_model, tiny_tokens
-from tolerances import FP32_EPS, LOGITS_MERGED, largest_difference
+from contracts.tiny import CASES, Case, cache_of, cached, logits_of, randomise, tiny_config, tiny_model, tiny_tokens
+from tolerances import FP32_EPS, LOGITS_FP32, LOGITS_MERGED, largest_difference
 
 from ssmtune.attach import attach
 from ssmtune.errors import AttachError, PlacementError
@@ -95,3 +95,14 @@ def test_a_gated_delta_rule_is_refused_with_the_reason() -> None:
     case = next(c for c in CASES if c[0] == "qwen3_next")
     with pytest.raises(PlacementError, match=re.escape("additional scan needs Mamba-1 or Mamba-2 layers")):
         make_plan(tiny_model(case), "additional-scan")
+
+
+@pytest.mark.parametrize("case", [("mamba", "biases"), ("granite_hybrid", "odd")], ids="-".join)
+def test_beams_take_their_further_states_along(case: Case) -> None:
+    """A cache whose rows change places hands each row on with the inputs of the additional scan's convolution."""
+    adapted, tokens = scanned(case), tiny_tokens(case, 2, 6)
+    with torch.no_grad():
+        cache = cache_of(case, adapted(input_ids=tokens[:, :5], use_cache=True))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        step = adapted(input_ids=tokens.flip(0)[:, 5:], **cached(case, cache)).logits
+    assert largest_difference(step[:, 0], logits_of(adapted, tokens.flip(0))[:, -1]) <= LOGITS_FP32

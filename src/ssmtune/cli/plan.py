@@ -26,7 +26,7 @@ def plan(
     """
     quiet_libraries()
     from ssmtune.config import load_yaml
-    from ssmtune.inventory import coverage_table, take_inventory
+    from ssmtune.inventory import take_inventory
     from ssmtune.models import empty_model
     from ssmtune.placement import named_recipe
     from ssmtune.plan import make_plan
@@ -52,6 +52,5 @@ def plan(
         layers = sorted({s.layer for s in members if s.layer is not None})
         table.add_row(role, method, layer_ranges(layers), str(len(members)), f"{sum(s.num_params for s in members):,}")
     tables().print(table)
-    rows = coverage_table(inventory, {s.path for s in made.sites})
-    reached = {row["layer"] for row in rows if row["adapted"]}
+    reached = {s.layer for s in made.sites if s.layer is not None}
     tables().print(f"Layers with at least one adapted site: {len(reached)} of {inventory.num_layers}.")

@@ -51,6 +51,7 @@ def positions_method(name: str, *, summary: str, formula: str, source: str, need
         num_params=_num_params,
         optimizer_group="state",
         make_state=_make_state,
+        acts_at_start=True,
         starts_as_base=False,
         needs=needs,
         recipes={name: (Edit(method=name, select=(role,)),)},

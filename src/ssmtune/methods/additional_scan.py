@@ -57,6 +57,7 @@ METHOD = Method(
     num_params=_num_params,
     optimizer_group="state",
     make_state=_make_state,
+    waits=("scan_A", "scan_B", "scan_conv"),
     needs="An additional scan needs Mamba-1 or Mamba-2 layers: in a gated delta rule further key dimensions would change "
     "the L2 norm of every query and key, and so the base model itself.",
     recipes={"additional-scan": (Edit(method="additional_scan", select=("state.additional_scan",)),)},

@@ -59,6 +59,7 @@ METHOD = Method(
     num_params=_num_params,
     optimizer_group="state",
     make_state=_make_state,
+    acts_at_start=True,
     starts_as_base=False,
     recipes={"affix": (Edit(method="affix", select=("state.affix",)),)},
 )
