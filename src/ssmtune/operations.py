@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ssmtune.component import layer_of
 from ssmtune.errors import AttachError
 from ssmtune.families.base import Family
+from ssmtune.ops.affix import run_affix
 from ssmtune.ops.seam import STATES, Call, rebind, replace_methods, restore
 from ssmtune.packing import documents_of, segment_index
 
@@ -78,8 +79,6 @@ def _note_call(call: Call, family: Family) -> Any:
         if len(args) > 1:
             given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
             given = {**given, **given.get("kwargs", {})}
-        from ssmtune.ops.affix import run_affix
-
         # The module's own, also where it is a copy whose operations are shared with the original's.
         call.states = {name: child for name, child in module.named_children() if name in STATES}
         mask = given.get("attention_mask")

@@ -124,10 +124,10 @@ def _inserting(running: _Running, family: Family, layers: list[Any]) -> Any:
         _refuse_inputs(kwargs)
         mask, cache, positions = (kwargs.get(name) for name in ("attention_mask", family.cache, "position_ids"))
         num_tokens = edits[0].num_tokens
-        if cache is not None and _holds_text(cache):
-            return args, {**kwargs, **_continued(num_tokens, mask, positions)}
         given = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
         tokens = kwargs[given]
+        if cache is not None and _holds_text(cache):
+            return args, {**kwargs, **_continued(num_tokens, mask, positions, tokens.shape[1])}
         seq_idx = kwargs.get("seq_idx") if documents_of(mask) is None else documents_of(mask)
         if positions is not None:
             positions = positions.expand(tokens.shape[0], -1)
@@ -171,10 +171,18 @@ def _lengthened(
     return changed
 
 
-def _continued(num_tokens: int, mask: torch.Tensor | None, positions: torch.Tensor | None) -> dict[str, Any]:
-    """Mask and positions of steps after those in a cache, which holds the learned positions as well."""
+def _continued(
+    num_tokens: int, mask: torch.Tensor | None, positions: torch.Tensor | None, num_new: int
+) -> dict[str, Any]:
+    """Mask and positions of `num_new` steps after those in a cache, which holds the learned positions as well."""
     changed: dict[str, Any] = {}
     if mask is not None:
+        num_seen = mask.shape[1] - num_new
+        if num_seen > 0 and not bool(mask[:, :num_seen].any(dim=1).all()):
+            raise AttachError(
+                f"prompt: all {num_seen} steps that the cache holds of a row are padding, so that the learned positions "
+                "would not lie before its first token. Prefill the padding together with a token of every row."
+            )
         longer = Insertion(num_tokens, mask, None)
         changed["attention_mask"] = longer.lengthen(mask, mask.new_ones(num_tokens))
     if positions is not None:

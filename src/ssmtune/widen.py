@@ -63,6 +63,7 @@ def _wider(base: PreTrainedModel, state_size: str, num_states: int, further: Map
     setattr(config, state_size, getattr(config, state_size) + num_states)
     with torch.random.fork_rng():
         wide: PreTrainedModel = auto_class(config).from_config(config, dtype=base.dtype)
+    wide.generation_config = deepcopy(base.generation_config)
     wide.to(base.device).train(base.training)
     inventory = take_inventory(base)
     segments: dict[str, list[Component]] = {}

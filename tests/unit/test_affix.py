@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from contracts.tiny import Case, cache_of, cached, logits_of, randomise, tiny_inventory, tiny_model, tiny_tokens
+from contracts.tiny import (
+    Case,
+    assert_same_logits,
+    cache_of,
+    cached,
+    logits_of,
+    randomise,
+    tiny_inventory,
+    tiny_model,
+    tiny_tokens,
+)
 from safetensors.torch import load_file
 from tolerances import LOGITS_FP32, largest_difference
 
@@ -77,7 +87,7 @@ def test_equals_the_positions_put_into_the_row(case: Case) -> None:
     reference = inserted(case, adapted)
     found = adapted(input_ids=tokens, use_cache=False).logits
     expected = reference(input_ids=tokens, use_cache=False).logits
-    assert largest_difference(found.detach(), expected.detach()) <= LOGITS_FP32
+    assert_same_logits(found.detach(), expected.detach(), adapted, tokens)
     assert largest_difference(expected.detach(), logits_of(tiny_model(case), tokens)) > 100 * LOGITS_FP32
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
     parameters = list(adapted.trained_parameters().values())
@@ -95,7 +105,7 @@ def test_a_projection_is_counted_and_acts() -> None:
     assert adapted.plan.sites[0].num_params == NUM_TOKENS * 6 + 6 * 7 + 7 * width
     tokens = tiny_tokens(case, 1, 6)
     expected = logits_of(inserted(case, adapted), tokens)
-    assert largest_difference(logits_of(adapted, tokens), expected) <= LOGITS_FP32
+    assert_same_logits(logits_of(adapted, tokens), expected, adapted, tokens)
 
 
 def test_positions_start_from_a_trained_initial_state() -> None:
@@ -133,7 +143,7 @@ def test_compiled_start_in_a_cache_equals_the_affix(case: Case, tmp_path: Path) 
                 window = starts[f"{name}.window"]
                 layer.conv_states[0].zero_()[..., -window.shape[-1] :] = window
         found = model(input_ids=tokens, use_cache=True, **cached(case, cache)).logits
-    assert largest_difference(found, expected) <= LOGITS_FP32
+    assert_same_logits(found, expected, adapted, tokens)
 
 
 def test_nothing_to_compile_is_refused() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from contracts.tiny import Case, logits_of, randomise, tiny_model, tiny_tokens
+from contracts.tiny import Case, assert_same_logits, cache_of, cached, logits_of, randomise, tiny_model, tiny_tokens
 from tolerances import LOGITS_FP32, largest_difference
 
 from ssmtune.attach import attach
@@ -66,7 +66,7 @@ def test_equals_the_positions_put_into_the_row(case: Case, method: str) -> None:
     adapted = adapted_with(case, edit_of(method))
     expected = reference_logits(case, adapted, tokens)
     found = adapted(input_ids=tokens, use_cache=False).logits
-    assert largest_difference(found.detach(), expected.detach()) <= LOGITS_FP32
+    assert_same_logits(found.detach(), expected.detach(), adapted, tokens)
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
     parameters = list(adapted.trained_parameters().values())
     ours, theirs = (torch.autograd.grad((logits * weight).mean(), parameters) for logits in (found, expected))
@@ -128,7 +128,7 @@ def test_a_prefix_on_some_layers_leaves_the_others_to_the_model() -> None:
     tokens = tiny_tokens(case, 1, 7)
     adapted = adapted_with(case, edit_of("prefix", layers=(1,)))
     expected = reference_logits(case, adapted, tokens)
-    assert largest_difference(logits_of(adapted, tokens), expected.detach()) <= LOGITS_FP32
+    assert_same_logits(logits_of(adapted, tokens), expected.detach(), adapted, tokens)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,16 @@ def test_inputs_that_cannot_be_made_longer_are_refused() -> None:
         adapted(input_ids=tokens, attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
     with pytest.raises(AttachError, match=r"position_ids of shape \(3, 1, 4\)"):
         adapted(input_ids=tokens, position_ids=torch.arange(4).expand(3, 1, 4))
+
+
+def test_padding_that_fills_the_first_chunk_is_refused() -> None:
+    case = ("granite_hybrid", "dense")
+    tokens, mask = tiny_tokens(case, 2, 4), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    adapted = adapted_with(case, edit_of("prompt"))
+    with torch.no_grad():
+        cache = cache_of(case, adapted(input_ids=tokens[:, :2], attention_mask=mask[:, :2], use_cache=True))
+        with pytest.raises(AttachError, match="all 2 steps that the cache holds of a row are padding"):
+            adapted(input_ids=tokens[:, 2:], attention_mask=mask, **cached(case, cache))
 
 
 def test_a_model_off_this_path_is_refused_with_the_reason() -> None:

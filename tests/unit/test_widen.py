@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from contracts.tiny import CASES, Case, cache_of, cached, logits_of, randomise, tiny_config, tiny_model, tiny_tokens
+from contracts.tiny import (
+    CASES,
+    Case,
+    assert_same_logits,
+    cache_of,
+    cached,
+    logits_of,
+    randomise,
+    tiny_config,
+    tiny_model,
+    tiny_tokens,
+)
 from tolerances import FP32_EPS, LOGITS_FP32, LOGITS_MERGED, largest_difference
 
 from ssmtune.attach import attach
@@ -17,7 +28,12 @@ from ssmtune.plan import make_plan
 from ssmtune.recipe import Edit, Recipe
 from ssmtune.widen import widen
 
-WIDENED = [case for case in CASES if get_family(case[0]).state_size is not None]
+WIDENED = [
+    case
+    for case in CASES
+    # Several groups or odd sizes, and what else the two kinds of layers come in.
+    if get_family(case[0]).state_size is not None and (case[1] == "odd" or case[0] in ("mamba", "mamba2"))
+]
 ROUND_TRIP = 4 * FP32_EPS
 """A logarithm of an exponential: each is off by a unit of the last place or two."""
 SCAN = Edit(method="additional_scan", select=("state.additional_scan",), options={"num_states": 3})
@@ -39,9 +55,10 @@ def test_widened_equals_adapted(case: Case, tmp_path: Path) -> None:
         assert largest_difference(logits_of(adapted, tokens), expected) > 10 * LOGITS_MERGED
     wide = widen(adapted)
     assert type(wide) is type(tiny_model(case))
+    assert wide.generation_config.to_dict() == tiny_model(case).generation_config.to_dict()
     name = get_family(case[0]).state_size
     assert getattr(wide.config, name) == getattr(tiny_config(case), name) + 3
-    assert largest_difference(logits_of(wide, tokens), expected) <= LOGITS_MERGED
+    assert_same_logits(logits_of(wide, tokens), expected, wide, tokens, LOGITS_MERGED)
     wide.save_pretrained(tmp_path)
     again = type(wide).from_pretrained(tmp_path).eval()
     assert torch.equal(logits_of(again, tokens), logits_of(wide, tokens))
@@ -52,7 +69,8 @@ def test_other_edits_are_merged_into_the_wider_model() -> None:
     tokens = tiny_tokens(case, 2, 17)
     adapted = scanned(case, Edit(method="lora", select=("recurrent",)), Edit(method="core", select=("core",)))
     expected = logits_of(adapted, tokens)
-    assert largest_difference(logits_of(widen(adapted), tokens), expected) <= LOGITS_MERGED
+    wide = widen(adapted)
+    assert_same_logits(logits_of(wide, tokens), expected, wide, tokens, LOGITS_MERGED)
 
 
 @pytest.mark.parametrize("decay", ["copy_last", "copy_first"])

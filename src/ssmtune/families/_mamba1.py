@@ -67,6 +67,7 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
 
     def widened(x_D: Any, A_DN: Any, B_N: Any, C_N: Any) -> tuple[Any, Any, Any]:
         """A, B and C with those of the additional states behind the model's own; B and C are [..., N]."""
+        call.hidden_BTD = None  # its rows read what was convolved
         extra = call.edit("additional_scan")
         if extra is None:
             return A_DN, B_N, C_N
