@@ -102,13 +102,18 @@ def _tiny_configs() -> Mapping[str, Any]:
     }
 
 
+def _states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
+    """Without additional states: each head's scan is called by itself, and would need rows of its own."""
+    return {name: shape for name, shape in _mamba1.states(module).items() if name != "additional_scan"}
+
+
 FAMILY = Family(
     model_types=("zamba",),
     topology="sequential",
     backbone="model",
     recurrent_classes=("ZambaMambaMixer",),
     operations=_operations,
-    states=_mamba1.states,
+    states=_states,
     prepare_packed=_prepare_packed,
     tiny_configs=_tiny_configs,
     claims=(
