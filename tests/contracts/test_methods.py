@@ -32,7 +32,9 @@ from peft.utils import get_peft_model_state_dict
 from tolerances import LOGITS_FP32, LOGITS_MERGED, PLAIN_FORWARD, largest_difference
 
 from ssmtune.attach import attach, load
+from ssmtune.component import Component
 from ssmtune.errors import AttachError, PlacementError, PlanMismatch
+from ssmtune.inventory import Inventory
 from ssmtune.merge import merge
 from ssmtune.methods.base import get_method, method_names
 from ssmtune.models import auto_class
@@ -45,9 +47,13 @@ Company = tuple[str, Case, str]
 """A method, a case, and "whole" tensors or "rows": every role that the method allows there, in one plan."""
 
 
+def whole_components(inventory: Inventory) -> tuple[Component, ...]:
+    return (*inventory.components, *inventory.states, *inventory.blocks)
+
+
 def allowed_roles(method: str, case: Case, part: str) -> list[str]:
     inventory = tiny_inventory(case)
-    among = (*inventory.components, *inventory.states) if part == "whole" else inventory.segments
+    among = whole_components(inventory) if part == "whole" else inventory.segments
     return sorted({c.role for c in among if get_method(method).allows(c)})
 
 
@@ -112,6 +118,15 @@ STATES = tuple(
 
 @lru_cache
 def whole_plan(recipe: str, case: Case) -> Plan:
+    if recipe == "branches":
+        roles = sorted({block.role for block in tiny_inventory(case).blocks})
+        # Real modes beside one kind of block and complex ones beside the other, next to LoRA inside the same blocks.
+        edits = tuple(
+            Edit(method="hankel", select=(role,), options={"order": 6, "complex_modes": role == "block.mlp"})
+            for role in roles
+        )
+        edits += (Edit(method="lora", select=("mlp",)),)
+        return make_plan(tiny_model(case), Recipe(name="branches", edits=edits))
     if recipe == "states":
         edits = tuple(Edit(method=method, select=(role,)) for method, role in STATES)
         edits += (Edit(method="lora", select=("mlp", "recurrent")),)
@@ -134,11 +149,22 @@ def running(request: pytest.FixtureRequest) -> Iterator[Any]:
     adapted = attached(whole_plan(recipe, case), case, moved=False).eval()
     # Larger steps make some models amplify rounding past the bound that all paths are held to.
     randomise(adapted, scale=0.03)
+    if recipe == "branches":
+        open_gates(adapted)
     yield adapted
 
 
+def open_gates(adapted: Any) -> None:
+    """Let every branch act fully: a lost state must show."""
+    with torch.no_grad():
+        for name, parameter in adapted.edit_parameters().items():
+            if name.endswith(".branch.gate"):
+                parameter.fill_(3.0)
+
+
 STATEFUL = tuple(("states", case) for case in FIRST_CASES.values() if tiny_inventory(case).states)
-RUNNING = (*FULLEST, *STATEFUL)
+BRANCHED = tuple(("branches", case) for case in FIRST_CASES.values() if tiny_inventory(case).blocks)
+RUNNING = (*FULLEST, *STATEFUL, *BRANCHED)
 every_running = pytest.mark.parametrize(
     ("case", "running"),
     [(case, (recipe, case)) for recipe, case in RUNNING],
@@ -175,7 +201,7 @@ def test_every_method_is_enrolled() -> None:
     assert {method for method, _, _ in COMPANIES} == set(method_names())
     for name in method_names():
         method = get_method(name)
-        assert method.in_module or method.make_edit is not None or method.make_state is not None
+        assert method.in_module or any((method.make_edit, method.make_state, method.make_branch))
         assert method.summary and method.formula and method.source and method.overhead
         method.Options()  # every field has a default
 
@@ -210,7 +236,7 @@ def test_counts_are_those_of_the_built_model(company: Company, fresh: Any) -> No
     method_name, case, part = company
     plan = fresh.plan
     inventory = tiny_inventory(case)
-    among = (*inventory.components, *inventory.states) if part == "whole" else inventory.segments
+    among = whole_components(inventory) if part == "whole" else inventory.segments
     method = get_method(method_name)
     assert {(s.path, s.rows) for s in plan.sites} == {(c.path, c.rows) for c in among if method.allows(c)}
     assert len({s.key for s in plan.sites}) == len(plan.sites)
@@ -226,7 +252,7 @@ def test_counts_are_those_of_the_built_model(company: Company, fresh: Any) -> No
 
 @every_company
 def test_every_trained_tensor_learns(company: Company, fresh: Any) -> None:
-    """Finite, non-zero gradients; LoRA's A waits for the second step, since B starts at zero."""
+    """Finite, non-zero gradients; LoRA's A waits for the second step, since B starts at zero, a branch for its gate."""
     tokens = tiny_tokens(company[1], 2, 17)
     parameters = fresh.trained_parameters()
     start = {name: p.detach().clone() for name, p in parameters.items()}
@@ -235,7 +261,7 @@ def test_every_trained_tensor_learns(company: Company, fresh: Any) -> None:
         for name, gradient in first_gradients(fresh, tokens).items():
             assert gradient is not None, name
             assert bool(torch.isfinite(gradient).all()), name
-            if step == 1 or "lora_A" not in name:
+            if step == 1 or not ("lora_A" in name or (".branch." in name and not name.endswith(".gate"))):
                 assert bool(gradient.any()), name
         with torch.no_grad():
             for parameter in parameters.values():
@@ -256,7 +282,8 @@ def test_every_site_acts_on_the_output(company: Company, fresh: Any) -> None:
         own = {name: p for name, p in parameters.items() if of_site(name, site)}
         start = {name: p.detach().clone() for name, p in own.items()}
         assert own, site.key
-        move(own)
+        # A branch's steps are short, so what it adds starts small.
+        move(own, scale=1.0 if site.container == "branch" else 0.1)
         changed = largest_difference(logits_of(fresh, tokens), before)
         with torch.no_grad():
             for name, parameter in own.items():
@@ -268,7 +295,7 @@ def test_every_site_acts_on_the_output(company: Company, fresh: Any) -> None:
 def of_site(name: str, site: Any) -> bool:
     """Whether a trained parameter belongs to a site; PEFT keeps all packed experts of a module under one name."""
     if site.container != "module":
-        return name == site.key or name.startswith(f"{site.key}.lora_")
+        return name == site.key or name.startswith(f"{site.key}.")
     module = site.path.removesuffix(".weight") if len(site.shape) == 2 else site.path.rpartition(".")[0]
     return name.removeprefix("base_model.model.").replace(".base_layer", "").startswith(f"{module}.lora_")
 
@@ -278,14 +305,14 @@ def test_merged_equals_adapted_at_every_role(company: Company) -> None:
     method_name, case, _ = company
     tokens = tiny_tokens(case, 2, 17)
     adapted = attached(company_plan(company), case, moved=False).eval()
-    # Every role at once: larger steps would make models that amplify rounding a thousandfold.
-    randomise(adapted, scale=0.01)
-    expected = logits_of(adapted, tokens)
-    assert largest_difference(expected, logits_of(tiny_model(case), tokens)) > 10 * LOGITS_MERGED
     if not get_method(method_name).mergeable:
         with pytest.raises(AttachError):
             merge(adapted)
         return
+    # Every role at once: larger steps would make models that amplify rounding a thousandfold.
+    randomise(adapted, scale=0.01)
+    expected = logits_of(adapted, tokens)
+    assert largest_difference(expected, logits_of(tiny_model(case), tokens)) > 10 * LOGITS_MERGED
     merged = merge(adapted)
     assert type(merged) is type(tiny_model(case))
     limit = PLAIN_FORWARD.get(case[0], LOGITS_MERGED)

@@ -21,7 +21,7 @@ ORDER = (
     {"config", "records", "stats", "cache", "packing", "discovery", "component", "recipe"},
     {"ops"},
     {"families", "methods", "tasks", "data", "models", "s4d_model", "llamacpp"},
-    {"operations", "base_digest"},
+    {"operations", "base_digest", "branches"},
     {"inventory", "probe"},
     {"placement"},
     {"plan"},

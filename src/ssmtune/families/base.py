@@ -78,6 +78,9 @@ class Family:
     """The same for modules off that seam: name of a method -> the function that the instance uses instead."""
     states: Callable[[nn.Module], Mapping[str, tuple[int, ...]]] | None = None
     """For one recurrent module: name of what can be added to its recurrence -> shape (`Call.states`)."""
+    blocks: Mapping[str, str] = field(default_factory=dict)
+    """Role of a block -> name of its module, with `{layer}`, where it is not the deepest module that holds all of the
+    layer's claims of that group; "" where a layer has no module that a branch can run beside."""
     prepare_packed: Callable[[nn.Module, torch.Tensor, torch.Tensor], Mapping[str, Any]] | None = None
     """(backbone, position_ids [B, T], seq_idx [B, T]) -> keyword arguments that keep documents apart in its layers.
 
