@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from ssmtune.component import BRANCH
 from ssmtune.errors import TrainingFailed
 
 if TYPE_CHECKING:
@@ -79,12 +80,18 @@ def _gradients(parameters: dict[str, torch.nn.Parameter]) -> list[torch.Tensor]:
 
 
 def _refuse_dead(groups: dict[str, dict[str, torch.nn.Parameter]]) -> None:
-    """Every trained tensor has a gradient at the first step; LoRA's A has a zero one, since B starts at zero."""
+    """Every trained tensor has a gradient at the first step; LoRA's A has a zero one, since B starts at zero.
+
+    Of a branch, whose gate or output starts at zero, one tensor must have one that is not zero.
+    """
+    gradients = {name: p.grad for parameters in groups.values() for name, p in parameters.items()}
+    branches = {name.rpartition(".")[0] for name in gradients if BRANCH in name.split(".")}
+    awake = {name.rpartition(".")[0] for name, gradient in gradients.items() if gradient is not None and gradient.any()}
     dead = [
         name
-        for parameters in groups.values()
-        for name, p in parameters.items()
-        if p.grad is None or ("lora_A" not in name and not bool(p.grad.any()))
+        for name, gradient in gradients.items()
+        if gradient is None
+        or ("lora_A" not in name and name.rpartition(".")[0] not in branches & awake and not bool(gradient.any()))
     ]
     if dead:
         raise TrainingFailed(
