@@ -18,7 +18,7 @@ ROOT = Path(ssmtune.__file__).parent
 
 ORDER = (
     {"errors"},
-    {"config", "records", "stats", "cache", "packing", "discovery", "component", "recipe"},
+    {"config", "records", "stats", "cache", "packing", "discovery", "component", "recipe", "balanced_truncation"},
     {"ops"},
     {"families", "methods", "tasks", "data", "models", "s4d_model", "llamacpp"},
     {"operations", "base_digest", "branches"},
@@ -27,7 +27,7 @@ ORDER = (
     {"plan"},
     {"peft_layers"},
     {"attach", "adapter_files"},
-    {"merge", "core_report"},
+    {"merge", "core_report", "truncate"},
     {"training_data"},
     {"train", "sft", "watch"},
     {"verify", "doctor", "op_cases", "export"},

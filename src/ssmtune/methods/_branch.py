@@ -47,14 +47,22 @@ class Branch(nn.Module):
         """
         # A state that lives for thousands of steps has no room for rounding: fp32 also where the rest is cast down.
         with torch.autocast(x_BTD.device.type, enabled=False):
-            inputs = F.linear(x_BTD.float(), self.B)
-            if padding_mask is not None:
-                inputs = inputs * padding_mask[..., None]
-            final = None
-            if self.dynamics is not None:
-                inputs = self.dynamics(inputs, seq_idx, entering_Bn)
-                final = _last(inputs, padding_mask, entering_Bn)
-            return F.linear(inputs, self.C) * self.gate, final
+            states = self.states(x_BTD, seq_idx, padding_mask, entering_Bn)
+            final = None if self.dynamics is None else _last(states, padding_mask, entering_Bn)
+            return F.linear(states, self.C) * self.gate, final
+
+    def states(
+        self,
+        x_BTD: torch.Tensor,
+        seq_idx: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        entering_Bn: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the states [B, T, n] after each token, fp32; without dynamics, what B makes of each token."""
+        inputs = F.linear(x_BTD.float(), self.B)
+        if padding_mask is not None:
+            inputs = inputs * padding_mask[..., None]
+        return inputs if self.dynamics is None else self.dynamics(inputs, seq_idx, entering_Bn)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """B, C, the gate, and the numbers of the dynamics."""
@@ -95,6 +103,15 @@ def _paired(x: torch.Tensor) -> torch.Tensor:
     return torch.complex(*x.reshape(*x.shape[:-1], -1, 2).unbind(-1))
 
 
+def as_matrix(modes: torch.Tensor) -> torch.Tensor:
+    """The matrix that multiplies by real or complex modes: diagonal, or with a block [[re, -im], [im, re]] for each pair."""
+    if not modes.is_complex():
+        return modes.diag()
+    real, imag = modes.real, modes.imag
+    blocks: torch.Tensor = torch.block_diag(*torch.stack([real, -imag, imag, real], -1).view(-1, 2, 2))  # type: ignore[no-untyped-call]
+    return blocks
+
+
 class ContinuousModes(nn.Module):
     """n modes of a continuous system, discretised by zero-order hold: decay exp(dt a), input scaled by (decay - 1) / a.
 
@@ -126,6 +143,11 @@ class ContinuousModes(nn.Module):
             return decays, (decays - 1) / a
         return decays, torch.expm1(dt * a) / a
 
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and the matrix in front of B, both [n, n], as one step of the system applies them."""
+        decays, factors = self.discretise()
+        return as_matrix(decays), as_matrix(factors)
+
     def forward(
         self, inputs: torch.Tensor, seq_idx: torch.Tensor | None, entering: torch.Tensor | None
     ) -> torch.Tensor:
@@ -143,25 +165,34 @@ class DiscreteModes(nn.Module):
 
     def __init__(self, num_real: int, num_pairs: int) -> None:
         super().__init__()
-        self.num_real = num_real
-        self.real = nn.Parameter(torch.zeros(num_real))
-        self.radius, self.angle = (nn.Parameter(torch.zeros(num_pairs)) for _ in range(2))
+        self.num_real, self.num_pairs = num_real, num_pairs
+        # Apart from each other and away from zero, where an angle means nothing; truncation puts its own values here.
+        # No parameter without elements: nothing could tell it from one that gets no gradient.
+        if num_real:
+            self.real = nn.Parameter(torch.linspace(0.5, 2, num_real))
+        if num_pairs:
+            self.radius = nn.Parameter(torch.full((num_pairs,), 1.0))
+            self.angle = nn.Parameter(math.pi * torch.arange(1, num_pairs + 1) / (num_pairs + 1))
 
-    def modes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the real modes and one of each conjugate pair."""
-        return self.real.tanh(), torch.polar(self.radius.tanh(), self.angle)
+    def modes(self) -> list[torch.Tensor]:
+        """Return the real modes and one of each conjugate pair, without those that there are none of."""
+        real = [self.real.tanh()] if self.num_real else []
+        return real + ([torch.polar(self.radius.tanh(), self.angle)] if self.num_pairs else [])
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and the matrix in front of B, the identity, both [n, n]."""
+        A = torch.block_diag(*map(as_matrix, self.modes()))  # type: ignore[no-untyped-call]
+        return A, torch.eye(len(A), dtype=A.dtype)
 
     def forward(
         self, inputs: torch.Tensor, seq_idx: torch.Tensor | None, entering: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the states [B, T, n] of the inputs [B, T, n]: real modes first, then the pairs."""
-        starts = _starts(seq_idx)
-        own = (slice(0, self.num_real), slice(self.num_real, None))
-        parts = []
-        for modes, columns in zip(self.modes(), own, strict=True):
-            if len(modes):
-                before = None if entering is None else entering[..., columns]
-                parts.append(_run(modes, inputs[..., columns], starts, before, "fft"))
+        starts, parts = _starts(seq_idx), []
+        for modes in self.modes():
+            own = slice(self.num_real, None) if modes.is_complex() else slice(0, self.num_real)
+            before = None if entering is None else entering[..., own]
+            parts.append(_run(modes, inputs[..., own], starts, before, "fft"))
         return torch.cat(parts, -1)
 
 
@@ -171,6 +202,10 @@ class DenseDynamics(nn.Module):
     def __init__(self, order: int) -> None:
         super().__init__()
         self.A = nn.Parameter(torch.zeros(order, order))
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and the matrix in front of B, the identity, both [n, n]."""
+        return self.A, torch.eye(len(self.A), dtype=self.A.dtype)
 
     def forward(
         self, inputs: torch.Tensor, seq_idx: torch.Tensor | None, entering: torch.Tensor | None
