@@ -41,7 +41,7 @@ def families() -> str:
     for name in family_names():
         family = get_family(name)
         components = [
-            c for config in family.tiny_configs().values() for c in take_inventory(weightless(config)).components
+            c for config in family.tiny_configs().values() for c in take_inventory(weightless(config)).everything
         ]
         usable = ["yes" if any(get_method(m).allows(c) for c in components) else "-" for m in methods]
         rows.append([name, ", ".join(f"`{t}`" for t in family.model_types), family.topology, *usable])
