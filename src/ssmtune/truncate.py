@@ -29,7 +29,8 @@ from ssmtune.balanced_truncation import (
 )
 from ssmtune.errors import ConfigError
 from ssmtune.methods import hankel_reduced
-from ssmtune.methods._branch import Branch, ContinuousModes
+from ssmtune.methods._branch import Branch
+from ssmtune.methods._dynamics import ContinuousModes
 from ssmtune.methods.hankel_reduced import ReducedOptions
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from ssmtune.balanced_truncation import (
     to_schur,
 )
 from ssmtune.errors import AttachError, ConfigError
-from ssmtune.methods._branch import Branch, ContinuousModes
+from ssmtune.methods._branch import Branch
+from ssmtune.methods._dynamics import ContinuousModes
 from ssmtune.packing import PackedCollator
 from ssmtune.plan import make_plan
 from ssmtune.recipe import Edit, Recipe

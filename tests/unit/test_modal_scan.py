@@ -8,7 +8,8 @@ import pytest
 import torch
 from tolerances import OP_FP32, OP_FP64, largest_difference, relative_rms
 
-from ssmtune.methods._branch import Branch, ContinuousModes, DenseDynamics, DiscreteModes
+from ssmtune.methods._branch import Branch
+from ssmtune.methods._dynamics import ContinuousModes, DenseDynamics, DiscreteModes
 from ssmtune.ops.modal_scan import Backend, dense_states, modal_states
 
 LONG = {"fft": 1e-5, "scan": OP_FP32}

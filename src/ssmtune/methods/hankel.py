@@ -59,7 +59,8 @@ def _make_branch(shape: Sequence[int], options: HankelOptions) -> nn.Module:
     # Imported here: a plan is made, and help printed, without torch.
     import torch
 
-    from ssmtune.methods._branch import Branch, ContinuousModes
+    from ssmtune.methods._branch import Branch
+    from ssmtune.methods._dynamics import ContinuousModes
 
     modes = ContinuousModes(options.order, complex_modes=options.complex_modes, backend=options.backend)
     gates = 1 if options.gate == "scalar" else shape[0]

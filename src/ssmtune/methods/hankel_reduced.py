@@ -50,7 +50,8 @@ def _num_params(shape: Sequence[int], options: ReducedOptions) -> int:
 
 def _make_branch(shape: Sequence[int], options: ReducedOptions) -> nn.Module:
     # Imported here: a plan is made, and help printed, without torch.
-    from ssmtune.methods._branch import Branch, DenseDynamics, DiscreteModes
+    from ssmtune.methods._branch import Branch
+    from ssmtune.methods._dynamics import DenseDynamics, DiscreteModes
 
     if options.form == "matrix":
         dynamics: nn.Module = DenseDynamics(options.order)
