@@ -28,7 +28,7 @@ from ssmtune.models import auto_class
 from ssmtune.plan import make_plan
 from ssmtune.recipe import Edit, Recipe
 from ssmtune.records import new_record, write_json
-from ssmtune.stats import METHOD, Comparison, holm, mean_interval, paired_difference
+from ssmtune.stats import METHOD, Comparison, clipped, holm, mean_interval, paired_difference
 from ssmtune.truncate import truncate
 
 FIRST_STATE = 4
@@ -42,7 +42,7 @@ class StudyConfig:
     """Sizes of everything; the same for every arm."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    num_steps: int = 120
+    num_steps: int = 100
     pretrain_steps: int = 300
     batch_rows: int = 16
     train_length: int = 64
@@ -54,7 +54,7 @@ class StudyConfig:
     text_bytes: int = 400_000
     width: int = 48
     order: int = 8
-    eps: float = 0.05
+    eps: float = 0.1
     """Hankel singular values below this share of the first are truncated."""
 
 
@@ -370,10 +370,11 @@ def summarise(cells: list[dict[str, Any]], given: dict[str, Task]) -> dict[str, 
     for cell in cells:
         for length, rows in cell["scores"].items():
             table.setdefault((cell["task"], cell["arm"], length), []).append(rows)
-    means = [
-        {"task": t, "arm": a, "length": n, **mean_interval([float(np.mean(r)) for r in rows]).to_dict()}
-        for (t, a, n), rows in table.items()
-    ]
+    means = []
+    for (task, arm, length), rows in table.items():
+        interval = mean_interval([float(np.mean(r)) for r in rows])
+        interval = clipped(interval) if given[task].metric == "accuracy" else interval
+        means.append({"task": task, "arm": arm, "length": length, **interval.to_dict()})
     compared = []
     for (task, arm, length), rows in table.items():
         for one, other in COMPARISONS:
