@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,6 @@ class BranchHooks:
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         self.current: Pass | None = None
         self.cache_name = family.cache
-        self.blocks: dict[str, nn.Module] = {}
         self.recomputing: dict[nn.Module, Callable[..., Any]] = {}
         backbone = model.get_submodule(family.backbone)
         self.backbone = backbone
@@ -83,7 +82,6 @@ class BranchHooks:
 
     def add(self, path: str, block: nn.Module, branch: nn.Module) -> None:
         """Let `branch`, a child of the module `block` at `path`, add to what the block returns."""
-        self.blocks[path] = block
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             if not branch.enabled:
@@ -141,12 +139,13 @@ class BranchHooks:
         cache = kwargs.get(self.cache_name)
         kept = None if cache is None else vars(cache).get(STATES)
         self.current = Pass(documents, padding, kept, 0 if cache is None else int(cache.get_seq_length()))
-        self._carry_into_recomputation()
+        if backbone.training:
+            self._carry_into_recomputation()
 
     def _end(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         noted, self.current = self.current, None
-        # None where the pass failed.
-        cache = None if output is None else dict(output).get(self.cache_name)
+        # No mapping where the pass failed, or where a bare tuple was asked for, which names no cache.
+        cache = output.get(self.cache_name) if isinstance(output, Mapping) else None
         if noted is None or cache is None or not noted.leaving:
             return
         setattr(cache, STATES, KeptStates(noted.leaving, int(cache.get_seq_length())))
