@@ -27,6 +27,8 @@ GGUF = ROOT / "records/export/gguf.json"
 STUDY = ROOT / "records/studies/granite/study.json.gz"
 BENCH = ROOT / "records/bench"
 CPU = BENCH / "operations-cpu.json"
+HANKEL_STEP = BENCH / "hankel-step-cpu.json"
+TRACKING = ROOT / "records/studies/state-tracking.json.gz"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -303,6 +305,91 @@ def gguf_families() -> str:
     return table(["family", "matches", *figures, "remarks"], rows) + f"\n\nPackages: {packages}."
 
 
+def hankel_step() -> str:
+    """CPU time of a step with branches, as a share of LoRA's."""
+    record = read_record(HANKEL_STEP, kind="benchmark")
+    timings = record["timings_by_length"]
+    lengths = list(timings["lora"])
+    rows = []
+    for side, found in timings.items():
+        cells = [f"{found[n]['median'] * 1000:,.0f} ms ({found[n]['of_lora']:.2f})" for n in lengths]
+        rows.append([side, f"{record['num_trained'][side]:,}", *cells])
+    parity = "; ".join(f"{name} {error:.1e}" for name, error in record["parity"].items())
+    config = record["config"]
+    return (
+        table(["side", "trained", *(f"T = {int(n):,}" for n in lengths)], rows)
+        + f"\n\nMedian of a forward and backward pass of one row (in brackets: share of LoRA's), {config['num_layers']} "
+        f"layers of width {config['width']}, branches of order {config['order']}, LoRA of rank {config['rank']} on `mlp.down`. "
+        f"Error of the fp32 states against fp64 steps, over {int(lengths[-1]):,} of them: {parity}."
+    )
+
+
+def tracking_setting() -> str:
+    """Sizes of the study, and what each arm trained."""
+    record = read_record(TRACKING, kind="synthetic")
+    config = record["config"]
+    rows = []
+    for arm in dict.fromkeys(cell["arm"] for cell in record["cells"]):
+        cells = [cell for cell in record["cells"] if cell["arm"] == arm]
+        counts = sorted({cell["num_trained"] for cell in cells})
+        per_task = {cell["task"]: cell.get("rate") for cell in cells}
+        orders = sorted({order for cell in cells for order in cell.get("orders", [])})
+        rows.append(
+            [
+                f"`{arm}`",
+                "-" if counts == [0] else f"{counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else ""),
+                ", ".join(f"{task} {rate:g}" for task, rate in per_task.items() if rate) or "-",
+                f"{orders[0]} to {orders[-1]} of {config['order']}" if orders else "-",
+            ]
+        )
+    lines = (
+        f"{len(config['seeds'])} seeds; {config['num_steps']} steps of {config['batch_rows']} rows of "
+        f"{config['train_length']} after {config['pretrain_steps']} of pretraining; width {config['width']}; "
+        f"{config['test_rows']} test rows, the last {config['scored_steps']} steps scored; "
+        f"tasks run: {', '.join(config['tasks'])}; {record['cpu_seconds']:.0f} s of CPU time."
+    )
+    return lines + "\n\n" + table(["arm", "trained parameters", "rate", "order after truncation"], rows)
+
+
+def tracking_means() -> str:
+    """Mean and interval of each arm, by task and length."""
+    record = read_record(TRACKING, kind="synthetic")
+    parts = []
+    for task in record["config"]["tasks"]:
+        found = [entry for entry in record["means"] if entry["task"] == task]
+        lengths = list(dict.fromkeys(entry["length"] for entry in found))
+        rows = []
+        for arm in dict.fromkeys(entry["arm"] for entry in found):
+            cells = {entry["length"]: entry for entry in found if entry["arm"] == arm}
+            rows.append(
+                [
+                    f"`{arm}`",
+                    *(f"{cells[n]['mean']:.3f} [{cells[n]['low']:.3f}, {cells[n]['high']:.3f}]" for n in lengths),
+                ]
+            )
+        metric = record["metrics"][task]
+        parts.append(f"### {task}: {metric}\n\n" + table(["arm", *(f"T = {n}" for n in lengths)], rows))
+    return "\n\n".join(parts)
+
+
+def tracking_comparisons() -> str:
+    """Every declared comparison with its interval and verdict."""
+    record = read_record(TRACKING, kind="synthetic")
+    rows = [
+        [
+            entry["task"],
+            f"`{entry['arm']}` - `{entry['baseline']}`",
+            f"{entry['difference']:+.3f} [{entry['low']:+.3f}, {entry['high']:+.3f}]",
+            f"{entry['p_holm']:.3f}",
+            f"{entry['seeds_same_sign']} of {entry['seeds_compared']}",
+            entry["verdict"],
+        ]
+        for entry in record["comparisons"]
+    ]
+    headings = ["task and length", "comparison", "difference", "p (Holm)", "seeds of that sign", "verdict"]
+    return table(headings, rows) + f"\n\n{len(rows)} comparisons; {record['method']}."
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"headline": study_headline, "families": families},
     "docs/families.md": {"families": families, "roles": roles},
@@ -320,6 +407,12 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "cpu-memory": bench_cpu_memory,
     },
     "docs/studies/granite.md": {"study": study_tables, "core": core_movement},
+    "docs/methods/hankel.md": {"hankel-step": hankel_step},
+    "docs/studies/state-tracking.md": {
+        "setting": tracking_setting,
+        "means": tracking_means,
+        "comparisons": tracking_comparisons,
+    },
 }
 
 

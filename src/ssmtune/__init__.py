@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ssmtune.merge import merge
     from ssmtune.plan import Plan, make_plan
     from ssmtune.recipe import Edit, Recipe
+    from ssmtune.truncate import truncate
     from ssmtune.verify import verify
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ _WHERE = {
     "Recipe": "ssmtune.recipe",
     "Plan": "ssmtune.plan",
     "make_plan": "ssmtune.plan",
+    "truncate": "ssmtune.truncate",
     "verify": "ssmtune.verify",
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "make_plan",
     "merge",
     "take_inventory",
+    "truncate",
     "verify",
 ]
 

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from ssmtune import adapter_files
 from ssmtune.base_digest import base_digest
+from ssmtune.branches import BranchHooks
 from ssmtune.config import decode
 from ssmtune.errors import AdapterMismatch, AttachError, PlanMismatch
 from ssmtune.families.base import find_family
@@ -50,6 +51,7 @@ class AdaptedModel(PeftModelForCausalLM):
         object.__setattr__(self, "edits", {})
         object.__setattr__(self, "fast_block", "off: no rewritten layer exists for this family yet")
         object.__setattr__(self, "_spent", "")
+        object.__setattr__(self, "_branches", None)
         flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         object.__setattr__(self, "_required_grad", flags)
         order = [(module, list(module._parameters)) for module in model.modules() if module._parameters]
@@ -64,6 +66,9 @@ class AdaptedModel(PeftModelForCausalLM):
             _apply_states(model, plan, self.edits)
             if any(site.role in ("state.prompt", "state.prefix") for site in plan.sites):
                 self._operations.hooks.extend(install_virtual_tokens(model, find_family(model.config.model_type)[1]))
+            if any(site.container == "branch" for site in plan.sites):
+                object.__setattr__(self, "_branches", BranchHooks(model, find_family(model.config.model_type)[1]))
+                _apply_branches(model, plan, self.edits, self._branches)
         except BaseException:
             self._take_off(model)
             raise
@@ -142,7 +147,7 @@ class AdaptedModel(PeftModelForCausalLM):
             parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
         self._restore_order(base)
         for site in self.plan.sites:
-            if site.container == "state":
+            if site.is_added:
                 parent, _, name = site.path.rpartition(".")
                 base.get_submodule(parent)._modules.pop(name, None)
         if "base_model" in vars(self).get("_modules", {}):
@@ -150,6 +155,8 @@ class AdaptedModel(PeftModelForCausalLM):
         else:
             unwrap(base)
         self._operations.remove()
+        if self._branches is not None:
+            self._branches.remove()
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(self._required_grad[name])
         vars(base).pop("_ssmtune_adapted", None)
@@ -256,6 +263,22 @@ def _apply_states(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdi
         edit = method.make_state(site.shape, options).to(next(module.parameters(), next(model.parameters())).device)
         module.add_module(name, edit)
         edits[site.key] = cast(TensorEdit, edit)
+
+
+def _apply_branches(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit], hooks: BranchHooks) -> None:
+    """Put the plan's branches into their blocks, and let `hooks` run them there."""
+    for site in plan.sites:
+        if site.container != "branch":
+            continue
+        method = get_method(site.method)
+        assert method.make_branch is not None
+        parent, _, name = site.path.rpartition(".")
+        block = model.get_submodule(parent)
+        options = decode(method.Options, site.options, where=f"plan, {site.path}")
+        branch = method.make_branch(site.shape, options).to(next(block.parameters()).device)
+        block.add_module(name, branch)
+        edits[site.key] = cast(TensorEdit, branch)
+        hooks.add(parent, block, branch)
 
 
 def base_name(name: str) -> str:

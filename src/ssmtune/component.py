@@ -7,13 +7,16 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Group = Literal["attention", "recurrent", "mlp", "core", "conv", "norm", "embedding", "state", "other"]
+Group = Literal["attention", "recurrent", "mlp", "core", "conv", "norm", "embedding", "state", "block", "other"]
 Access = Literal["module", "parameter"]
 
 GROUPS: tuple[Group, ...] = ("attention", "recurrent", "mlp", "core", "conv", "norm", "embedding")
-"""Groups that a recipe can select; "state" is what can be added to a recurrence and is no tensor of the model,
-"other" what no method adapts (an image tower)."""
+"""Groups that a recipe can select; "state" is what can be added to a recurrence and "block" a module that a branch
+can run beside, neither of them a tensor of the model; "other" is what no method adapts (an image tower)."""
 
+
+BRANCH = "branch"
+"""Name that a branch has in the block that it runs beside."""
 
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 """The first number in a tensor's or module's name is its layer's."""

@@ -1,4 +1,4 @@
-"""How far the core moved, and what that does to the recurrence's memory."""
+"""How far the core moved, and what that does to the recurrence's memory; how far the gates of branches opened."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ def describe_core(adapted: AdaptedModel) -> list[dict[str, Any]]:
                     "horizon_after": after,
                 }
             )
+    return report
+
+
+def describe_gates(adapted: AdaptedModel) -> list[dict[str, Any]]:
+    """Return for each branch of the plan its layer, its block, and the mean and largest |gate|."""
+    report = []
+    for site in adapted.plan.sites:
+        if site.container != "branch":
+            continue
+        gate = adapted.edits[site.key].trained()["gate"].detach().abs()
+        sizes = {"mean_abs": float(gate.mean()), "max_abs": float(gate.max())}
+        report.append({"layer": site.layer, "block": site.role.removeprefix("block."), **sizes})
     return report
 
 

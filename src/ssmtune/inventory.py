@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os.path
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ssmtune.component import Component, layer_of
+from ssmtune.component import BRANCH, Component, layer_of
 from ssmtune.errors import UnsupportedModel
 from ssmtune.families.base import Claim, Family, Topology, check_config, find_family
 from ssmtune.records import digest
@@ -22,7 +23,7 @@ class Inventory:
     """What a model is made of.
 
     `components` are whole tensors, each parameter once; `segments` are their named row ranges; `states` are what can be
-    added to the recurrences, under the name of their module.
+    added to the recurrences, under the name of their module; `blocks` are the modules that a branch can run beside.
     `tied` maps a parameter name to the name under which it is claimed.
     """
 
@@ -34,12 +35,13 @@ class Inventory:
     components: tuple[Component, ...]
     segments: tuple[Component, ...]
     states: tuple[Component, ...]
+    blocks: tuple[Component, ...]
     tied: dict[str, str]
 
     @property
     def everything(self) -> tuple[Component, ...]:
-        """Whole tensors, row ranges and states, in this order."""
-        return (*self.components, *self.segments, *self.states)
+        """Whole tensors, row ranges, states and blocks, in this order."""
+        return (*self.components, *self.segments, *self.states, *self.blocks)
 
     @property
     def digest(self) -> str:
@@ -58,6 +60,7 @@ class Inventory:
             "digest": self.digest,
             "components": [asdict(c) for c in (*self.components, *self.segments)],
             "states": [asdict(c) for c in self.states],
+            "blocks": [asdict(c) for c in self.blocks],
             "tied": self.tied,
         }
 
@@ -104,6 +107,7 @@ def take_inventory(model: PreTrainedModel) -> Inventory:
         components=tuple(components),
         segments=tuple(segments),
         states=(*_states(model, family), *_positions(model, family, components)),
+        blocks=tuple(_blocks(family, components, text.hidden_size)),
         tied=_tied_names(model),
     )
 
@@ -187,6 +191,29 @@ def _positions(model: PreTrainedModel, family: Family, components: list[Componen
         )
         for name, layer, path in places
     ]
+
+
+def _blocks(family: Family, components: list[Component], width: int) -> list[Component]:
+    """The MLP and attention block of every layer that has one, in model order; one shared by layers comes once."""
+    found = []
+    for group in ("mlp", "attention"):
+        owners: dict[int, list[list[str]]] = {}
+        for component in components:
+            if component.group == group and component.layer is not None:
+                owners.setdefault(component.layer, []).append(component.path.split(".")[:-1])
+        role = f"block.{group}"
+        for layer, paths in owners.items():
+            path = ".".join(os.path.commonprefix(paths))
+            if role in family.blocks:
+                path = family.blocks[role].format(layer=layer)
+                if not any(".".join(parts).startswith(path) for parts in paths):
+                    continue
+            if path:
+                branch = f"{path}.{BRANCH}"
+                found.append(
+                    Component(role=role, group="block", layer=layer, path=branch, shape=(width,), access="module")
+                )
+    return sorted(found, key=lambda block: block.layer or 0)
 
 
 def _tied_names(model: PreTrainedModel) -> dict[str, str]:

@@ -74,7 +74,7 @@ def _refuse_unmergeable(adapted: AdaptedModel) -> None:
 def effective_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
     """Return for each edited tensor of the base its exact effective value, fp32, by the tensor's name in the base."""
     dropped = discarded_paths(adapted.plan)
-    sites = [site for site in adapted.plan.sites if site.container != "state" and site.path not in dropped]
+    sites = [site for site in adapted.plan.sites if not site.is_added and site.path not in dropped]
     paths = dict.fromkeys(site.path for site in sites)
     with torch.no_grad():
         return {path: _effective(adapted, path) for path in paths}

@@ -117,24 +117,32 @@ def _continues(call: Call) -> bool:
 def _separate_documents(family: Family) -> Any:
     def hook(backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Turn `position_ids` that restart inside a row into what keeps its documents apart."""
-        position_ids = kwargs.get("position_ids")
-        mask = kwargs.get("attention_mask")
         cache = kwargs.get(family.cache)
-        if position_ids is None and cache is not None and not family.counts_on:
+        if kwargs.get("position_ids") is None and cache is not None and not family.counts_on:
             return args, {**kwargs, "position_ids": _count_on(cache, kwargs)}
-        if position_ids is not None and position_ids.dim() == 3:
-            # Vision models stack positions of text, time, height and width; without the first a row is one document.
-            position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
-        if position_ids is None or cache is not None or position_ids.shape[-1] == 1:
-            return args, kwargs
-        # A ready-made mask is the caller's own; a padding mask with padding in it means rows of one document each.
-        if mask is not None and (isinstance(mask, dict) or mask.dim() != 2 or not bool(mask.bool().all())):
+        position_ids = restarting_positions(kwargs, family.cache)
+        if position_ids is None:
             return args, kwargs
         assert family.prepare_packed is not None
         seq_idx = segment_index(position_ids)
         return args, {**kwargs, **family.prepare_packed(backbone, position_ids, seq_idx)}
 
     return hook
+
+
+def restarting_positions(inputs: dict[str, Any], cache: str) -> torch.Tensor | None:
+    """Return the position ids [B, T] of a backbone's call that say where documents start; None for one document a row."""
+    position_ids, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if position_ids is not None and position_ids.dim() == 3:
+        # Vision models stack positions of text, time, height and width; without the first a row is one document.
+        position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
+    if position_ids is None or inputs.get(cache) is not None or position_ids.shape[-1] == 1:
+        return None
+    # A ready-made mask is the caller's own; a padding mask with padding in it means rows of one document each.
+    if mask is not None and (isinstance(mask, dict) or mask.dim() != 2 or not bool(mask.bool().all())):
+        return None
+    positions: torch.Tensor = position_ids
+    return positions
 
 
 def _count_on(cache: Any, inputs: dict[str, Any]) -> torch.Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ssmtune.component import Component
+from ssmtune.component import BRANCH, Component
 from ssmtune.config import decode
 from ssmtune.errors import PlacementError, PlanMismatch
 from ssmtune.inventory import Inventory, take_inventory
@@ -35,6 +35,11 @@ class Site:
     container: Container
     options: Mapping[str, Any]
     num_params: int
+
+    @property
+    def is_added(self) -> bool:
+        """Whether the site adds a module of its own and changes no tensor of the base."""
+        return self.container in ("state", "branch")
 
     @property
     def key(self) -> str:
@@ -180,6 +185,8 @@ def _container(model: PreTrainedModel, component: Component, method: Method, inv
 
     if component.group == "state":
         return "state"
+    if component.group == "block":
+        return "branch"
     shared = component.path in inventory.tied.values()
     if not method.in_module or component.rows is not None or shared:
         return "tensor"
@@ -212,6 +219,9 @@ def _refuse_dead(component: Component, method_name: str, container: Container, u
     """A module adapter needs its module called on every path; a tensor edit needs its tensor used on every path."""
     if container == "state":
         return  # Read by ssmtune's own operations, which run on every path.
+    if container == "branch":
+        # The block's own call is what the branch hangs on, and what the probe has recorded.
+        component = replace(component, path=component.path.removesuffix(f".{BRANCH}"))
     for path, use in uses.of(component.path).items():
         packed_experts = len(component.shape) == 3
         alive = use == "CALL" or (use == "READ" and (container == "tensor" or packed_experts))

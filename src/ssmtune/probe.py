@@ -32,12 +32,12 @@ NUM_TOKENS = 3
 
 @dataclass(frozen=True)
 class Uses:
-    """For each path, the use of each parameter by its name in the model."""
+    """For each path, the use of each parameter, and CALL for each module that was called, by its name in the model."""
 
     by_path: dict[str, dict[str, Use]]
 
     def of(self, parameter: str) -> dict[str, Use]:
-        """Return {path: use} of one parameter."""
+        """Return {path: use} of one parameter or module."""
         return {path: uses.get(parameter, "NONE") for path, uses in self.by_path.items()}
 
 
@@ -50,11 +50,10 @@ def probe(model: PreTrainedModel) -> Uses:
     family = find_family(model.config.model_type)[1]
     config, kinds = _one_layer_of_each_kind(model, family.backbone)
     measured = _measure(config, family)
+    names = [name for name, _ in (*model.named_parameters(), *model.named_modules())]
     return Uses(
         {
-            path: {
-                name: uses.get(_rename(name, family.backbone, kinds), "NONE") for name, _ in model.named_parameters()
-            }
+            path: {name: uses.get(_rename(name, family.backbone, kinds), "NONE") for name in names}
             for path, uses in measured.items()
         }
     )
@@ -174,8 +173,11 @@ def _recording(model: Any) -> Iterator[dict[str, Use]]:
                         uses[names[key]] = "CALL" if called else "READ"
             return func(*args, **(kwargs or {}))
 
+    module_names = {module: name for name, module in model.named_modules()}
+
     def enter(module: Any, _: Any) -> None:
         active.append(module)
+        uses[module_names[module]] = "CALL"
 
     def leave(module: Any, _: Any, __: Any) -> None:
         active.pop()

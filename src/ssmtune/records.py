@@ -20,7 +20,9 @@ from typing import Any, Literal
 from ssmtune.errors import RecordError
 
 Status = Literal["done", "failed", "aborted", "provisional"]
-Kind = Literal["pretrain", "train", "verify", "evaluate", "study", "study_cell", "demo", "benchmark", "export"]
+Kind = Literal[
+    "pretrain", "train", "verify", "evaluate", "study", "study_cell", "demo", "benchmark", "export", "synthetic"
+]
 
 STAMP = "COMMIT"
 """Beside this file, in a copy made without version control: the commit it was made from."""

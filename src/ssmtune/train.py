@@ -86,7 +86,7 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
     a full disk; the record then says so and earlier checkpoints stay.
     """
     # Imported here, as everything that loads torch is, so that reading a config stays quick.
-    from ssmtune.core_report import describe_core
+    from ssmtune.core_report import describe_core, describe_gates
 
     run_dir = Path(config.output_dir)
     settings = to_settings(config)
@@ -125,6 +125,7 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
                 "eval_history": trainer.eval_history,
                 "restored_step": trainer.restored_step,
                 "core": describe_core(adapted),
+                "gates": describe_gates(adapted),
                 "survival": survival(adapted),
                 "seconds": time.time() - started,
                 "peak_memory_bytes": peak_memory(),

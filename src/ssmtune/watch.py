@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from ssmtune.component import BRANCH
 from ssmtune.errors import TrainingFailed
 from ssmtune.methods.base import get_method
 
@@ -81,12 +82,20 @@ def _gradients(parameters: dict[str, torch.nn.Parameter]) -> list[torch.Tensor]:
 
 
 def _refuse_dead(groups: dict[str, dict[str, torch.nn.Parameter]], waiting: set[str]) -> None:
-    """Every trained tensor has a gradient at the first step, zero only where a factor that starts at zero multiplies it."""
+    """Every trained tensor has a gradient at the first step, zero only where a factor that starts at zero multiplies it.
+
+    Of a branch, whose gate or output starts at zero, one tensor must have one that is not zero.
+    """
+    gradients = {name: p.grad for parameters in groups.values() for name, p in parameters.items()}
+    branches = {name.rpartition(".")[0] for name in gradients if BRANCH in name.split(".")}
+    awake = {name.rpartition(".")[0] for name, gradient in gradients.items() if gradient is not None and gradient.any()}
     dead = [
         name
-        for parameters in groups.values()
-        for name, p in parameters.items()
-        if p.grad is None or (not any(part in name for part in waiting) and not bool(p.grad.any()))
+        for name, gradient in gradients.items()
+        if gradient is None
+        or not (
+            any(part in name for part in waiting) or name.rpartition(".")[0] in branches & awake or bool(gradient.any())
+        )
     ]
     if dead:
         raise TrainingFailed(

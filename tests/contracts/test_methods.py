@@ -32,7 +32,9 @@ from peft.utils import get_peft_model_state_dict
 from tolerances import LOGITS_FP32, LOGITS_MERGED, PLAIN_FORWARD, largest_difference
 
 from ssmtune.attach import attach, load
+from ssmtune.component import Component
 from ssmtune.errors import AttachError, PlacementError, PlanMismatch
+from ssmtune.inventory import Inventory
 from ssmtune.merge import merge
 from ssmtune.methods.base import get_method, method_names
 from ssmtune.models import auto_class
@@ -45,9 +47,13 @@ Company = tuple[str, Case, str]
 """A method, a case, and "whole" tensors or "rows": every role that the method allows there, in one plan."""
 
 
+def whole_components(inventory: Inventory) -> tuple[Component, ...]:
+    return (*inventory.components, *inventory.states, *inventory.blocks)
+
+
 def allowed_roles(method: str, case: Case, part: str) -> list[str]:
     inventory = tiny_inventory(case)
-    among = (*inventory.components, *inventory.states) if part == "whole" else inventory.segments
+    among = whole_components(inventory) if part == "whole" else inventory.segments
     return sorted({c.role for c in among if get_method(method).allows(c)})
 
 
@@ -58,12 +64,16 @@ EVERYWHERE = ("lora", "core")
 BEFORE_THE_TEXT = ("prompt", "prefix")
 ONE_OF_EACH_KIND = ("falcon_h1", "granite_hybrid", "llama", "mamba", "qwen3_next")
 """Families in which a method that never meets a layer's inside is tried; `PROMPTED` runs it in all."""
+LIKE_HANKEL = {"parallel": ("llama", "granite_hybrid"), "hankel_reduced": ("llama", "granite_hybrid")}
+"""Branches that sit where `hankel` does, which meets every family: a plain and a hybrid one are enough for what differs."""
 
 
 def companies(method: str, part: str) -> Iterator[Company]:
     """The cases that the method is tried on: as few of each family as show every role that it allows there."""
     for family, members in itertools.groupby(CASES, key=lambda case: case[0]):
         if method in BEFORE_THE_TEXT and family not in ONE_OF_EACH_KIND:
+            continue
+        if family not in LIKE_HANKEL.get(method, (family,)):
             continue
         roles = {case: set(allowed_roles(method, case, part)) for case in members}
         if method in EVERYWHERE:
@@ -121,6 +131,15 @@ STATES = tuple(
 
 @lru_cache
 def whole_plan(recipe: str, case: Case) -> Plan:
+    if recipe == "branches":
+        roles = sorted({block.role for block in tiny_inventory(case).blocks})
+        # Real modes beside one kind of block and complex ones beside the other, next to LoRA inside the same blocks.
+        edits = tuple(
+            Edit(method="hankel", select=(role,), options={"order": 6, "complex_modes": role == "block.mlp"})
+            for role in roles
+        )
+        edits += (Edit(method="lora", select=("mlp",)),)
+        return make_plan(tiny_model(case), Recipe(name="branches", edits=edits))
     if recipe == "states":
         there = {c.role for c in tiny_inventory(case).states}
         edits = tuple(Edit(method=method, select=(role,)) for method, role in STATES if role in there)
@@ -144,7 +163,17 @@ def running(request: pytest.FixtureRequest) -> Iterator[Any]:
     adapted = attached(whole_plan(recipe, case), case, moved=False).eval()
     # Larger steps make some models amplify rounding past the bound that all paths are held to.
     randomise(adapted, scale=0.03)
+    if recipe == "branches":
+        open_gates(adapted)
     yield adapted
+
+
+def open_gates(adapted: Any) -> None:
+    """Let every branch act fully: a lost state must show."""
+    with torch.no_grad():
+        for name, parameter in adapted.edit_parameters().items():
+            if name.endswith(".branch.gate"):
+                parameter.fill_(3.0)
 
 
 STATEFUL = tuple(("states", case) for case in FIRST_CASES.values() if tiny_inventory(case).states)
@@ -154,7 +183,8 @@ PROMPTED = tuple(
     for index, case in enumerate(FIRST_CASES.values())
     if any(state.role == "state.prompt" for state in tiny_inventory(case).states)
 )
-RUNNING = (*FULLEST, *STATEFUL, *PROMPTED)
+BRANCHED = tuple(("branches", case) for case in FIRST_CASES.values() if tiny_inventory(case).blocks)
+RUNNING = (*FULLEST, *STATEFUL, *PROMPTED, *BRANCHED)
 TRAINED = (*FULLEST, *(whole for whole in STATEFUL if whole[1][0] in ONE_OF_EACH_KIND))
 every_trained = pytest.mark.parametrize(
     ("recipe", "case"), TRAINED, ids=["-".join((recipe, *case)) for recipe, case in TRAINED]
@@ -195,7 +225,7 @@ def test_every_method_is_enrolled() -> None:
     assert {method for method, _, _ in COMPANIES} == set(method_names())
     for name in method_names():
         method = get_method(name)
-        assert method.in_module or method.make_edit is not None or method.make_state is not None
+        assert method.in_module or any((method.make_edit, method.make_state, method.make_branch))
         assert method.summary and method.formula and method.source and method.overhead
         method.Options()  # every field has a default
 
@@ -233,7 +263,7 @@ def test_counts_are_those_of_the_built_model(company: Company, fresh: Any) -> No
     method_name, case, part = company
     plan = fresh.plan
     inventory = tiny_inventory(case)
-    among = (*inventory.components, *inventory.states) if part == "whole" else inventory.segments
+    among = whole_components(inventory) if part == "whole" else inventory.segments
     method = get_method(method_name)
     assert {(s.path, s.rows) for s in plan.sites} == {(c.path, c.rows) for c in among if method.allows(c)}
     assert len({s.key for s in plan.sites}) == len(plan.sites)
@@ -249,7 +279,7 @@ def test_counts_are_those_of_the_built_model(company: Company, fresh: Any) -> No
 
 @every_company
 def test_every_trained_tensor_learns(company: Company, fresh: Any) -> None:
-    """Finite, non-zero gradients; what a factor of zero multiplies waits for the second step."""
+    """Finite, non-zero gradients; what a factor of zero multiplies waits for the second step, a branch for its gate."""
     tokens = tiny_tokens(company[1], 2, 17)
     parameters = fresh.trained_parameters()
     start = {name: p.detach().clone() for name, p in parameters.items()}
@@ -258,7 +288,8 @@ def test_every_trained_tensor_learns(company: Company, fresh: Any) -> None:
         for name, gradient in first_gradients(fresh, tokens).items():
             assert gradient is not None, name
             assert bool(torch.isfinite(gradient).all()), name
-            if step == 1 or not any(part in name for part in get_method(company[0]).waits):
+            waits = any(part in name for part in get_method(company[0]).waits)
+            if step == 1 or not (waits or (".branch." in name and not name.endswith(".gate"))):
                 assert bool(gradient.any()), name
         with torch.no_grad():
             for parameter in parameters.values():
@@ -279,7 +310,8 @@ def test_every_site_acts_on_the_output(company: Company, fresh: Any) -> None:
         own = {name: p for name, p in parameters.items() if of_site(name, site)}
         start = {name: p.detach().clone() for name, p in own.items()}
         assert own, site.key
-        move(own)
+        # A branch's steps are short, so what it adds starts small.
+        move(own, scale=1.0 if site.container == "branch" else 0.1)
         changed = largest_difference(logits_of(fresh, tokens), before)
         with torch.no_grad():
             for name, parameter in own.items():
@@ -301,14 +333,14 @@ def test_merged_equals_adapted_at_every_role(company: Company) -> None:
     method_name, case, _ = company
     tokens = tiny_tokens(case, 2, 17)
     adapted = attached(company_plan(company), case, moved=False).eval()
-    # Every role at once: larger steps would make models that amplify rounding a thousandfold.
-    randomise(adapted, scale=0.01)
-    expected = logits_of(adapted, tokens)
-    assert largest_difference(expected, logits_of(tiny_model(case), tokens)) > 10 * LOGITS_MERGED
     if not get_method(method_name).mergeable:
         with pytest.raises(AttachError):
             merge(adapted)
         return
+    # Every role at once: larger steps would make models that amplify rounding a thousandfold.
+    randomise(adapted, scale=0.01)
+    expected = logits_of(adapted, tokens)
+    assert largest_difference(expected, logits_of(tiny_model(case), tokens)) > 10 * LOGITS_MERGED
     merged = merge(adapted)
     assert type(merged) is type(tiny_model(case))
     limit = PLAIN_FORWARD.get(case[0], LOGITS_MERGED)

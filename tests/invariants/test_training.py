@@ -213,10 +213,11 @@ def test_equal_seeds_give_equal_runs(micro_model: Path, micro_data: Path, tmp_pa
         assert (tmp_path / "a/adapter" / name).read_bytes() == (tmp_path / "b/adapter" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("recipe", ["all+core", "hankel"])
 def test_checkpointing_changes_nothing(
-    micro_model: Path, micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, micro_model: Path, micro_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = train_micro(micro_run(micro_model, micro_data, tmp_path / "plain"))
+    plain = train_micro(micro_run(micro_model, micro_data, tmp_path / "plain", recipe=recipe))
     calls: list[int] = []
     original = modeling_utils.checkpoint
 
@@ -225,11 +226,14 @@ def test_checkpointing_changes_nothing(
         return original(*args, **options)
 
     monkeypatch.setattr(modeling_utils, "checkpoint", checkpoint)
-    checkpointed = train_micro(micro_run(micro_model, micro_data, tmp_path / "saved", gradient_checkpointing=True))
+    settings = micro_run(micro_model, micro_data, tmp_path / "saved", recipe=recipe, gradient_checkpointing=True)
+    checkpointed = train_micro(settings)
     assert len(calls) == 4 * 2, "four steps of two layers"
     assert losses(plain) == losses(checkpointed)
     ours, theirs = trained_tensors(tmp_path / "plain/adapter"), trained_tensors(tmp_path / "saved/adapter")
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    opened = [entry["mean_abs"] for entry in checkpointed["gates"]]
+    assert len(opened) == (2 if recipe == "hankel" else 0) and all(size > 0 for size in opened)
 
 
 def test_training_lowers_the_loss(micro_model: Path, micro_data: Path, tmp_path: Path) -> None:

@@ -87,6 +87,20 @@ def test_every_section_is_there_and_every_link_leads_somewhere(page: str) -> Non
     assert own(page).count("How to read this.") == 8
 
 
+def test_gates_of_branches_have_a_section_of_their_own(tmp_path: Path) -> None:
+    """One line per arm and block, through the mean over runs in each layer."""
+    rows = [[{"layer": n, "block": "mlp", "mean_abs": size * (n + 1)} for n in range(3)] for size in (0.1, 0.3)]
+    given = [{**synthetic.train_record("V2", "rules", seed), "gates": gates} for seed, gates in enumerate(rows)]
+    html = own(write_report(given, tmp_path / "r.html", "r").read_text())
+    section = html[html.index('id="gates"') : html.index('id="verify"')]
+    assert section.count('id="plot-') == 1 and "mlp: gate" in section and "mean |gate|" in section
+    style = plots.Style(name="V2", colour="#0000ff", symbol="circle")
+    figure = plots.sizes_by_layer({"V2": [(0, 0.2), (1, 0.4)]}, {"V2": style}, axis="mean |gate|")
+    assert list(figure.data[0].x) == [0, 1] and list(figure.data[0].y) == [0.2, 0.4]
+    assert figure.layout.yaxis.range[0] == 0 and figure.layout.yaxis.range[1] > 0.4
+    assert 'id="gates"' not in write_report([given[0] | {"gates": []}], tmp_path / "n.html", "n").read_text()
+
+
 def test_nothing_is_fetched(page: str) -> None:
     parsed = Page(own(page))
     assert parsed.resources == []

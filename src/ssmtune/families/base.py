@@ -85,6 +85,9 @@ class Family:
     entry_rows: Callable[[nn.Module], Mapping[str, tuple[tuple[int, int], ...]]] | None = None
     """For one recurrent module: name of each projection inside it whose output the convolution or the recurrence reads ->
     the [first, end) ranges of the output that they read; a gate's rows are not among them."""
+    blocks: Mapping[str, str] = field(default_factory=dict)
+    """Role of a block -> name of its module, with `{layer}`, where it is not the deepest module that holds all of the
+    layer's claims of that group; "" where a layer has no module that a branch can run beside."""
     prepare_packed: Callable[[nn.Module, torch.Tensor, torch.Tensor], Mapping[str, Any]] | None = None
     """(backbone, position_ids [B, T], seq_idx [B, T]) -> keyword arguments that keep documents apart in its layers.
 

@@ -90,6 +90,8 @@ FAMILY = Family(
     entry_rows=entry_rows,
     prepare_packed=prepare_packed_hybrid,
     tiny_configs=_tiny_configs,
+    # The experts are a second module whose output is added to this one's.
+    blocks={"block.mlp": LAYER + "shared_mlp"},
     claims=(
         *EMBEDDINGS,
         Claim(path="model.norm.weight", role="norm.final", group="norm"),

@@ -46,6 +46,8 @@ FAMILY = Family(
     takes_prompt=False,
     prepare_packed=_prepare_packed,
     tiny_configs=_tiny_configs,
+    # It hands on a state of its own, and its cache is a plain list, beside which nothing can be kept.
+    blocks={"block.mlp": ""},
     claims=(
         Claim(path="rwkv.embeddings.weight", role="embed.tokens", group="embedding"),
         Claim(path="head.weight", role="embed.head", group="embedding"),

@@ -96,6 +96,8 @@ FAMILY = Family(
     entry_rows=entry_rows,
     prepare_packed=prepare_packed_hybrid,
     tiny_configs=_tiny_configs,
+    # Shared by several layers; its attention reads twice the width that it writes.
+    blocks={"block.mlp": SHARED + "feed_forward", "block.attention": ""},
     claims=(
         *EMBEDDINGS,
         Claim(path="model.final_layernorm.weight", role="norm.final", group="norm"),

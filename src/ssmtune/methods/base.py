@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from ssmtune.component import Component
 
 Rows = Sequence[tuple[int, int]] | None
-Container = Literal["module", "tensor", "state"]
-"""What holds a trained edit: PEFT's layer around a module, an edit of the tensor itself, or an addition to a recurrence."""
+Container = Literal["module", "tensor", "state", "branch"]
+"""What holds a trained edit: PEFT's layer around a module, an edit of the tensor itself, an addition to a recurrence, or
+a module beside a block."""
 
 
 class TensorEdit(Protocol):
@@ -60,6 +61,8 @@ class Method:
     `make_edit(weight, rows, options)` returns a module that computes the effective tensor, for all other sites;
     `rows` are the [first, end) ranges that the edit is confined to, None for all.
     `make_state(shape, options)` returns a module without inputs that computes an addition to a recurrence.
+    `make_branch(shape, options)` returns a module that computes what a block's output is increased by from the block's
+    input and what the call was given beside it (`methods/_branch.py`); `shape` is the width of the model.
     """
 
     in_module: bool
@@ -81,6 +84,7 @@ class Method:
     """Which learning rate and clipping it has (`train.OptimizerConfig`); only "lora" decays."""
     make_edit: Callable[[torch.Tensor, Rows, Any], torch.nn.Module] | None = None
     make_state: Callable[[Sequence[int], Any], torch.nn.Module] | None = None
+    make_branch: Callable[[Sequence[int], Any], torch.nn.Module] | None = None
     starts_as_base: bool = True
     """Whether a model to which it has just been attached computes what its base computes, bit for bit."""
     waits: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 def linear_scan(a: torch.Tensor, b: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
     """Return the states after each step, of the shape [T, ...] of `a` and `b`; `initial` is the state before the first.
 
-    `a` lies between 0 and 1: products of it are formed, never divided by. Differentiable once in all three.
+    `a` lies within the unit circle: products of it are formed, never divided by. Differentiable once in all three.
     """
     states: torch.Tensor = _LinearScan.apply(a, b, initial)  # type: ignore[no-untyped-call]
     return states
@@ -34,10 +34,11 @@ class _LinearScan(torch.autograd.Function):
     def backward(ctx: Any, grad_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         a, states, initial = ctx.saved_tensors
         # The same recurrence in reverse: a state receives what its output reads and a share of the next one's gradient.
+        a = a.conj()
         later = torch.cat([torch.zeros_like(a[:1]), a.flip(0)[:-1]])
         grad = _scan(later, grad_states.flip(0), torch.zeros_like(initial)).flip(0)
         before = torch.cat([initial[None], states[:-1]])
-        return grad * before, grad, a[0] * grad[0]
+        return grad * before.conj(), grad, a[0] * grad[0]
 
 
 def _scan(a: torch.Tensor, b: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:

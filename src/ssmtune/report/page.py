@@ -58,6 +58,7 @@ def write_report(given: Iterable[Record], out: Path, title: str) -> Path:
         "accuracy": _accuracy(collection, figures),
         "coverage": _coverage(collection, figures),
         "core": _core(collection, figures),
+        "gates": _gates(collection, figures),
         "checks": _checks(collection),
         "exports": _exports(collection),
         "samples": _samples(collection),
@@ -238,9 +239,25 @@ def _core(collection: Collection, figures: _Figures) -> dict[str, Any]:
         }
         delta = {a: [(n, _mean(r, "mean_abs_delta")) for n, r in sorted(arms[a].items())] for a in arms}
         shares.append(figures.add(plots.core_shares(share, styles), f"{tensor}: share of elements"))
-        deltas.append(figures.add(plots.core_deltas(delta, styles), f"{tensor}: mean |change|"))
+        deltas.append(
+            figures.add(plots.sizes_by_layer(delta, styles, axis="mean |change|"), f"{tensor}: mean |change|")
+        )
         rows += [_core_row(tensor, a, [row for layer in arms[a].values() for row in layer]) for a in arms]
     return {"plots": shares + deltas, "rows": rows}
+
+
+def _gates(collection: Collection, figures: _Figures) -> list[dict[str, Any]]:
+    """How far the gates of branches opened, per block and layer, averaged over the runs of an arm."""
+    found: dict[str, dict[str, dict[int, list[Mapping[str, Any]]]]] = {}
+    for arm in collection.arms.values():
+        for row in (row for record in arm.train for row in record.get("gates") or []):
+            found.setdefault(row["block"], {}).setdefault(arm.name, {}).setdefault(int(row["layer"]), []).append(row)
+    styles = {name: arm.style for name, arm in collection.arms.items()}
+    made = []
+    for block, arms in sorted(found.items()):
+        sizes = {a: [(n, _mean(rows, "mean_abs")) for n, rows in sorted(arms[a].items())] for a in arms}
+        made.append(figures.add(plots.sizes_by_layer(sizes, styles, axis="mean |gate|"), f"{block}: gate"))
+    return made
 
 
 def _core_row(tensor: str, arm: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

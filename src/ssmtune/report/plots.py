@@ -195,8 +195,8 @@ def core_shares(rows: Mapping[str, Sequence[tuple[int, float, float]]], styles: 
     return figure
 
 
-def core_deltas(rows: Mapping[str, Sequence[tuple[int, float]]], styles: Mapping[str, Style]) -> Any:
-    """Per layer: the mean absolute change of the elements of one core tensor."""
+def sizes_by_layer(rows: Mapping[str, Sequence[tuple[int, float]]], styles: Mapping[str, Style], *, axis: str) -> Any:
+    """Per layer: one size of each arm, such as the mean absolute change of a core tensor, or of a branch's gates."""
     figure = go.Figure()
     ends = []
     for arm, points in rows.items():
@@ -206,7 +206,7 @@ def core_deltas(rows: Mapping[str, Sequence[tuple[int, float]]], styles: Mapping
         figure.add_scatter(x=x, y=y, mode="lines+markers", marker=marker, line={"color": style.colour, "width": 1.5})
         _name_last(figure, arm)
         ends.append((x[-1], y[-1], arm, style.colour))
-    _finish(figure, height=240, x_title="layer", y_title="mean |change|")
+    _finish(figure, height=240, x_title="layer", y_title=axis)
     top = max((y for points in rows.values() for _, y in points), default=1.0) or 1.0
     figure.update_yaxes(range=[0, 1.12 * top], exponentformat="e", nticks=5)
     _end_labels(figure, ends, span=(0.0, 1.12 * top), height=240)

@@ -72,7 +72,11 @@ def _key(site: Site) -> str:
 def _trained_counts(adapted: AdaptedModel) -> Counter[str]:
     counts: Counter[str] = Counter()
     keys = {f"{key}.{name}" if name else key: key for key, edit in adapted.edits.items() for name in edit.trained()}
+    branches = {site.path for site in adapted.plan.sites if site.container == "branch"}
     for name, parameter in adapted.trained_parameters().items():
+        if name.rpartition(".")[0] in branches:
+            counts[name.rpartition(".")[0]] += parameter.numel()
+            continue
         module = name.partition(".lora_")[0].removeprefix("base_model.model.").replace(".base_layer", "")
         counts[keys.get(name, module)] += parameter.numel()
     return counts
@@ -112,7 +116,7 @@ def _edit_fault(adapted: AdaptedModel, site: Site) -> str:
     owner: Any
     owner, name = owner_of(adapted.base_model.model, site.path)
     edit: Any = adapted.edits[site.key]
-    if site.container == "state":
+    if site.is_added:
         registered = [owner._modules.get(name)]
     else:
         registered = list(owner.parametrizations[name]) if parametrize.is_parametrized(owner, name) else []
@@ -120,6 +124,8 @@ def _edit_fault(adapted: AdaptedModel, site: Site) -> str:
         return f"{site.role}: the edit is not where the model reads it"
     if not edit.enabled:
         return f"{site.role}: the edit is switched off"
+    if site.container == "branch":
+        return ""
     trained = edit.trained()
     if "" in trained:
         shape = tuple(trained[""].shape)

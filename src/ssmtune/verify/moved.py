@@ -41,7 +41,7 @@ def _run(subject: Subject) -> CheckResult:
     survives = {s.path: s.survives for s in survivals}
     parts = [f"{num_moved} of {len(low_rank)} low-rank sites changed their weight"] if low_rank else []
     if core:
-        sizes = {path: adapted.trained_parameters()[path].numel() for path in core}
+        sizes = {site.path: site.num_params for site in adapted.plan.sites if site.path in core}
         overall = sum(share * sizes[path] for path, share in core.items()) / sum(sizes.values())
         parts.append(f"{overall:.1%} of the core's elements moved")
     for label, paths in (("low-rank changes", low_rank), ("core changes", core)):
@@ -65,6 +65,9 @@ def _has_factors(adapted: AdaptedModel, path: str) -> bool:
 
 def _share_moved(adapted: AdaptedModel, site: Site) -> float:
     edit: Any = adapted.edits[site.key]
+    if site.container == "branch":
+        # B, C and the modes start at random: the gate's start is the only one that is known.
+        return float((edit.gate != edit.start).float().mean())
     if site.container == "state":
         return float((edit() != 0).float().mean())
     base = base_tensor(adapted.base_model.model, site.path)
