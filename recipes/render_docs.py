@@ -237,7 +237,8 @@ def bench_cpu() -> str:
     sides = ["ssmtune, ms", "transformers, ms", "times as fast"]
     both = [f"both: {side}" for side in sides]
     busy = " before, ".join(f"{record['load_average'][when][0]:.1f}" for when in ("before", "after"))
-    facts = f"{record['environment']['device']}, {record['config']['dtype']}; load average {busy} after."
+    clock = record["config"].get("clock", "wall")
+    facts = f"{record['environment']['device']}, {record['config']['dtype']}, {clock} clock; load average {busy} after."
     return table(["layer", "width", "tokens", *(f"forward: {side}" for side in sides), *both], rows) + f"\n\n{facts}"
 
 
