@@ -114,6 +114,7 @@ FAMILY = Family(
     recurrent_classes=("ZambaMambaMixer",),
     operations=_operations,
     states=_states,
+    blocks={"block.mlp": SHARED + "feed_forward", "block.attention": ""},
     prepare_packed=_prepare_packed,
     tiny_configs=_tiny_configs,
     claims=(
