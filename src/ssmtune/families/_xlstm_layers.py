@@ -38,6 +38,10 @@ class States:
         """Itself: the model reads and writes `rnn_state[layer]`."""
         return self
 
+    def get_seq_length(self) -> int:
+        """Number of tokens seen: the model counts them."""
+        return self.seqlen_offset
+
     def __getitem__(self, layer: int) -> tuple[_Entry, ...]:
         return tuple(_Entry(self, layer, index) for index in range(3))
 
