@@ -21,8 +21,10 @@ from ssmtune.families.base import find_family
 from ssmtune.inventory import take_inventory
 from ssmtune.methods.base import TensorEdit, get_method
 from ssmtune.operations import install_operations
+from ssmtune.ops.seam import Call
 from ssmtune.peft_layers import lora_config, tuner_for_every_projection, unwrap
 from ssmtune.plan import Plan
+from ssmtune.virtual_tokens import install_virtual_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,9 +62,17 @@ class AdaptedModel(PeftModelForCausalLM):
                 super().__init__(model, lora_config(plan))
             _apply_edits(model, plan, self.edits)
             _apply_states(model, plan, self.edits)
+            if any(site.role in ("state.prompt", "state.prefix") for site in plan.sites):
+                self._operations.hooks.extend(install_virtual_tokens(model, find_family(model.config.model_type)[1]))
         except BaseException:
             self._take_off(model)
             raise
+
+    @property
+    def calls(self) -> dict[str, Call]:
+        """What each recurrent module was last given beside its input, by its name in the base model."""
+        calls: dict[str, Call] = self._operations.calls
+        return calls
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return every trained parameter by name: PEFT's factors under their module names, edits under their tensor's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -102,7 +103,7 @@ def take_inventory(model: PreTrainedModel) -> Inventory:
         num_layers=len({c.layer for c in components if c.layer is not None}),
         components=tuple(components),
         segments=tuple(segments),
-        states=tuple(_states(model, family)),
+        states=(*_states(model, family), *_positions(model, family, components)),
         tied=_tied_names(model),
     )
 
@@ -153,7 +154,11 @@ def _states(model: PreTrainedModel, family: Family) -> list[Component]:
     names = {module: name for name, module in model.named_modules()}
     found = []
     for module in recurrent_modules(model, family):
-        for name, shape in family.states(module).items():
+        shapes = dict(family.states(module))
+        if family.entry_rows is not None:
+            ranges = itertools.chain(*family.entry_rows(module).values())
+            shapes["affix"] = (sum(end - first for first, end in ranges),)
+        for name, shape in shapes.items():
             found.append(
                 Component(
                     role=f"state.{name}",
@@ -165,6 +170,23 @@ def _states(model: PreTrainedModel, family: Family) -> list[Component]:
                 )
             )
     return found
+
+
+def _positions(model: PreTrainedModel, family: Family, components: list[Component]) -> list[Component]:
+    """Where learned positions can go: the embeddings, and the input of every layer that mixes tokens."""
+    from ssmtune.virtual_tokens import PREFIX, PROMPT, backbone_of
+
+    if not family.takes_prompt:
+        return []
+    backbone, shape = backbone_of(model, family), (model.config.get_text_config().hidden_size,)
+    mixing = sorted({c.layer for c in components if c.layer is not None and c.group in ("attention", "recurrent")})
+    places = [(PROMPT, None, backbone), *((PREFIX, layer, f"{backbone}.layers.{layer}") for layer in mixing)]
+    return [
+        Component(
+            role=f"state.{name}", group="state", layer=layer, path=f"{path}.{name}", shape=shape, access="parameter"
+        )
+        for name, layer, path in places
+    ]
 
 
 def _tied_names(model: PreTrainedModel) -> dict[str, str]:

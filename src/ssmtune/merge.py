@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,11 @@ def merge(adapted: AdaptedModel) -> PreTrainedModel:
     """
     adapted._refuse_spent("merge")
     _refuse_unmergeable(adapted)
+    return merge_tensors(adapted)
+
+
+def merge_tensors(adapted: AdaptedModel) -> PreTrainedModel:
+    """Return the plain model with every edit of a tensor in its weights; what is no tensor's is taken off and lost."""
     merged = effective_tensors(adapted)
     base = adapted.detach()
     with torch.no_grad():
@@ -60,7 +66,8 @@ def _refuse_unmergeable(adapted: AdaptedModel) -> None:
     if lasting:
         raise AttachError(
             f"cannot merge: method {', '.join(lasting)} adds what no tensor of the base can hold, so a merged model would "
-            "drop it. Use the adapter with ssmtune.load(base, directory)."
+            "drop it. Use the adapter with ssmtune.load(base, directory); an additional scan can become a model with more "
+            "states (ssmtune.widen.widen, 'ssmtune export --to hf')."
         )
 
 
@@ -148,9 +155,17 @@ def adapter_directory(run: str) -> Path:
     return Path(run) / "adapter" if (Path(run) / "run.json").is_file() else Path(run)
 
 
-def merge_to(run: str, out: Path, *, model: str | None = None, dtype: Dtype = "auto") -> dict[str, Any]:
+def merge_to(
+    run: str,
+    out: Path,
+    *,
+    model: str | None = None,
+    dtype: Dtype = "auto",
+    make_plain: Callable[[AdaptedModel], PreTrainedModel] = merge,
+) -> dict[str, Any]:
     """Write the merged model of a run (or of an adapter directory and its base) to `out`; return what was merged.
 
+    `make_plain` is `merge`, or `widen.widen`, which holds an additional scan as well.
     The directory appears whole or not at all, with weights, config, tokenizer and a model card.
     Raises `ConfigError` when `out` exists or the base is not known, `AdapterMismatch` for a base that is not the
     adapter's, so that a model that is merged already is refused.
@@ -165,7 +180,7 @@ def merge_to(run: str, out: Path, *, model: str | None = None, dtype: Dtype = "a
     adapted = load(base, directory)
     target = next(base.parameters()).dtype
     survival = survival_by_role(survival_report(adapted, target))
-    merged = merge(adapted)
+    merged = make_plain(adapted)
     result = {
         "out": str(out),
         "base": model,

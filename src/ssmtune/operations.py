@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ssmtune.component import layer_of
+from ssmtune.errors import AttachError
 from ssmtune.families.base import Family
+from ssmtune.ops.affix import run_affix
 from ssmtune.ops.seam import STATES, Call, rebind, replace_methods, restore
 from ssmtune.packing import documents_of, segment_index
 
@@ -27,6 +29,8 @@ class InstalledOperations:
 
     replaced: list[tuple[nn.Module, tuple[str, ...]]] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
+    calls: dict[str, Call] = field(default_factory=dict)
+    """What each recurrent module was last given, by the module's name in the model."""
 
     def remove(self) -> None:
         """Give every instance its class's methods back and remove the hooks."""
@@ -46,7 +50,7 @@ def install_operations(model: PreTrainedModel, family: Family) -> InstalledOpera
     installed = InstalledOperations()
     names = {module: name for name, module in model.named_modules()}
     for module in recurrent_modules(model, family):
-        call = Call(layer=layer_of(names[module]))
+        call = installed.calls[names[module]] = Call(layer=layer_of(names[module]))
         operations = family.operations(module, call) if family.operations is not None else {}
         if operations:
             rebind(module, operations)
@@ -55,7 +59,7 @@ def install_operations(model: PreTrainedModel, family: Family) -> InstalledOpera
             methods = family.methods(module, call)
             replace_methods(module, methods)
             installed.replaced.append((module, tuple(methods)))
-        installed.hooks.append(module.register_forward_pre_hook(_note_call(call), with_kwargs=True))
+        installed.hooks.append(module.register_forward_pre_hook(_note_call(call, family), with_kwargs=True))
     if family.prepare_packed is not None:
         backbone = model.get_submodule(family.backbone)
         hook = _separate_documents(family)
@@ -68,7 +72,7 @@ def recurrent_modules(model: nn.Module, family: Family) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in family.recurrent_classes]
 
 
-def _note_call(call: Call) -> Any:
+def _note_call(call: Call, family: Family) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Note documents, padding mask and cache for the operations: the layer's forward does not hand them on."""
         given = kwargs
@@ -84,8 +88,30 @@ def _note_call(call: Call) -> Any:
         cache = given.get("cache_params", given.get("past_key_values"))
         # Weakly: the operations outlive the generation whose cache this is.
         call.cache = None if cache is None else weakref.proxy(cache)
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        call.num_steps = 0 if hidden is None else hidden.shape[1]
+        call.hidden_BTD = hidden if "additional_scan" in call.states else None
+        call.start = None
+        if call.edit("affix") is not None:
+            assert family.entry_rows is not None and hidden is not None
+            if not _continues(call):
+                call.start = run_affix(module, call, family.entry_rows(module), hidden)
 
     return hook
+
+
+def _continues(call: Call) -> bool:
+    """Whether the cache holds a sequence already. Raises `AttachError` when all it holds of some row is padding."""
+    if call.cache is None or call.cache.get_conv_state(call.layer) is None:
+        return False
+    mask = call.padding_mask
+    num_seen = 0 if mask is None else mask.shape[-1] - call.num_steps
+    if mask is not None and num_seen > 0 and not bool((mask[:, :num_seen].any(dim=1) | (mask[:, num_seen] != 0)).all()):
+        raise AttachError(
+            f"affix: a row's padding on the left goes on past the first {num_seen} steps, which the cache holds already, "
+            "so that its text would begin beside padding and not beside the affix. Prefill the padding in one piece."
+        )
+    return True
 
 
 def _separate_documents(family: Family) -> Any:

@@ -131,7 +131,11 @@ def _unmatched_message(inventory: Inventory, edit: Edit, unmatched: list[str], c
     roles = sorted({c.role for c in inventory.everything if allows(c)})
     if not edit.modules:
         hints = "; ".join(f"{name!r}: {nearest(name, [*roles, *GROUPS])}" for name in unmatched)
-        return f"nothing in this {inventory.model_type} matches {hints}. 'ssmtune inspect MODEL' lists every role."
+        needs = get_method(edit.method).needs
+        return (
+            f"nothing in this {inventory.model_type} matches {hints}. {needs + ' ' if needs else ''}"
+            "'ssmtune inspect MODEL' lists every role."
+        )
     # Half a target list that matches is the failure nobody notices: show what would be adapted, layer by layer.
     paths = {c.path for c in chosen}
     rows = []

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ssmtune.errors import TrainingFailed
+from ssmtune.methods.base import get_method
 
 if TYPE_CHECKING:
     from ssmtune.sft import EditTrainer
@@ -32,7 +33,8 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         groups = self.trainer.groups
         if state.global_step == 0:
-            _refuse_dead(groups)
+            sites = self.trainer.adapted.plan.sites
+            _refuse_dead(groups, {name for site in sites for name in get_method(site.method).waits})
         config = self.trainer.optimizer_config
         norms = {name: _grad_norm(parameters) for name, parameters in groups.items()}
         self.norms = {name: float(norm) for name, norm in norms.items()}
@@ -78,13 +80,13 @@ def _gradients(parameters: dict[str, torch.nn.Parameter]) -> list[torch.Tensor]:
     return [p.grad for p in parameters.values() if p.grad is not None]
 
 
-def _refuse_dead(groups: dict[str, dict[str, torch.nn.Parameter]]) -> None:
-    """Every trained tensor has a gradient at the first step; LoRA's A has a zero one, since B starts at zero."""
+def _refuse_dead(groups: dict[str, dict[str, torch.nn.Parameter]], waiting: set[str]) -> None:
+    """Every trained tensor has a gradient at the first step, zero only where a factor that starts at zero multiplies it."""
     dead = [
         name
         for parameters in groups.values()
         for name, p in parameters.items()
-        if p.grad is None or ("lora_A" not in name and not bool(p.grad.any()))
+        if p.grad is None or (not any(part in name for part in waiting) and not bool(p.grad.any()))
     ]
     if dead:
         raise TrainingFailed(

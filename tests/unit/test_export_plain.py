@@ -253,3 +253,12 @@ def test_modules_that_stock_peft_refuses_are_extras(monkeypatch: pytest.MonkeyPa
     assert record["check"]["export_to_trained"]["max"] < SAME
     record = export(ExportConfig(run=str(adapter), to="peft", out=str(tmp_path / "less"), drop_extras=True))
     assert record["check"]["plain_to_expected"]["max"] < SAME < record["check"]["export_to_trained"]["max"]
+
+
+def test_hf_holds_an_additional_scan_as_a_larger_state(base: Path, in_process: None, tmp_path: Path) -> None:
+    scan = Recipe(name="scan", edits=(Edit(method="additional_scan", select=("state.additional_scan",)),))
+    directory = _adapter(base, scan, tmp_path / "adapter")
+    record = export(ExportConfig(run=str(directory), to="hf", out=str(tmp_path / "hf"), dtype="float32"))
+    assert record["check"]["merged_to_adapted"]["max"] < SAME
+    config = json.loads((tmp_path / "hf/config.json").read_text(encoding="utf-8"))
+    assert config["mamba_d_state"] == load_model(str(base)).config.mamba_d_state + 8

@@ -53,7 +53,7 @@ def plan(
         table.add_row(role, method, layer_ranges(layers), str(len(members)), f"{sum(s.num_params for s in members):,}")
     print_table(table)
     rows = coverage_table(inventory, {s.path for s in made.sites})
-    reached = {row["layer"] for row in rows if row["adapted"]}
+    reached = {s.layer for s in made.sites if s.layer is not None}
     tables().print(f"Layers with at least one adapted site: {len(reached)} of {inventory.num_layers}.")
     groups: dict[str, list[int]] = {}
     for row in rows:

@@ -10,8 +10,9 @@ from ssmtune.attach import load
 from ssmtune.errors import CheckFailed
 from ssmtune.export.base import ExportConfig, Target, refuse_existing
 from ssmtune.export.plain import compare_logits, own_logits, plain_logits, prompt_tokens
-from ssmtune.merge import adapter_directory, merge, merge_to
+from ssmtune.merge import adapter_directory, merge_to
 from ssmtune.models import load_model
+from ssmtune.widen import widen
 
 
 def _run(config: ExportConfig) -> dict[str, Any]:
@@ -21,11 +22,11 @@ def _run(config: ExportConfig) -> dict[str, Any]:
     dtype = config.dtype or "auto"
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         draft = Path(scratch) / out.name
-        merged = merge_to(config.run, draft, model=config.model, dtype=dtype)
+        merged = merge_to(config.run, draft, model=config.model, dtype=dtype, make_plain=widen)
         prompts = prompt_tokens(merged["base"])
         adapted = load(load_model(merged["base"], dtype=dtype), adapter_directory(config.run))
         trained = own_logits(adapted, prompts)
-        model = merge(adapted)
+        model = widen(adapted)
         in_memory = own_logits(model, prompts)
         arrived = compare_logits(plain_logits(str(draft), prompts), in_memory)
         # The same code on the same weights: not one bit may differ.

@@ -5,7 +5,7 @@ Gated DeltaNet decays its state by one number per head, Kimi Delta Attention (KD
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,16 @@ def kda_states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
     """Shapes of what can be added to the recurrence of a Kimi Delta Attention layer."""
     layer: Any = module
     return _states(layer.num_heads, layer.head_dim, layer.head_dim)
+
+
+def entry_rows(names: Iterable[str]) -> Callable[[nn.Module], Mapping[str, tuple[tuple[int, int], ...]]]:
+    """`Family.entry_rows` where q, k, v, decay and write strength are all the rows of the linears `names`."""
+
+    def rows(module: nn.Module) -> Mapping[str, tuple[tuple[int, int], ...]]:
+        linears: Mapping[str, Any] = {name: module.get_submodule(name) for name in names}
+        return {name: ((0, linear.out_features),) for name, linear in linears.items()}
+
+    return rows
 
 
 def _states(heads: int, keys: int, values: int) -> Mapping[str, tuple[int, ...]]:

@@ -54,6 +54,7 @@ def mixer_claims(mixer: str, *, in_rows: Rows, x_rows: Rows) -> tuple[Claim, ...
 
 def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]]:
     """Our functions under the names that a Mamba-1 mixer's forward calls, with the argument conventions of that forward."""
+    import torch
     import torch.nn.functional as F
 
     from ssmtune.ops.documents import scan_from_state
@@ -66,12 +67,22 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
         of_scan = _restricted(call, _channels(A_DN))
         return of_scan.add_offsets(y_D, lambda h_DN: C_N.float() @ h_DN.T, lambda: F.silu(z_D.float()))
 
+    def widened(x_D: Any, A_DN: Any, B_N: Any, C_N: Any) -> tuple[Any, Any, Any]:
+        """A, B and C with those of the additional states behind the model's own; B and C are [..., N]."""
+        call.hidden_BTD = None  # its rows read what was convolved
+        extra = call.edit("additional_scan")
+        if extra is None:
+            return A_DN, B_N, C_N
+        parts = ((A_DN, extra.A(A_DN)), (B_N, extra.B(x_D)), (C_N, extra.C(x_D)))
+        A, B, C = (torch.cat(pair, dim=-1) for pair in parts)
+        return A, B, C
+
     def scan(x: Any, dt: Any, A: Any, B: Any, C: Any, *, return_last_state: bool, **extra: Any) -> Any:
         def run(x: Any, dt: Any, B: Any, C: Any, z: Any, state: Any, seq_idx: Any, mask: Any) -> Any:
             y, final = mamba1_selective_scan(
                 x.transpose(1, 2),
                 dt.transpose(1, 2),
-                A,
+                A_wide,
                 B.transpose(1, 2),
                 C.transpose(1, 2),
                 D_D=extra["D"],
@@ -84,18 +95,26 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
             )
             return y.transpose(1, 2), final
 
-        z = extra["z"]
-        inputs = tuple(tensor.transpose(1, 2) for tensor in (x, dt, B, C, z))
-        of_scan = _restricted(call, _channels(A))
-        y, final = scan_from_state(of_scan, _entering_state(call, layer, A), run, inputs)
-        y = with_offsets(y, A, C.transpose(1, 2), z.transpose(1, 2)).contiguous()
+        x_BTD, dt_BTD, B_BTN, C_BTN, z_BTD = (tensor.transpose(1, 2) for tensor in (x, dt, B, C, extra["z"]))
+        A_wide, B_wide, C_wide = widened(x_BTD, A, B_BTN, C_BTN)
+        y, final = scan_from_state(
+            _restricted(call, _channels(A)),
+            _entering_state(call, layer, A_wide),
+            run,
+            (x_BTD, dt_BTD, B_wide, C_wide, z_BTD),
+            num_extra=A_wide.shape[-1] - A.shape[-1],
+        )
+        y = with_offsets(y, A, C_BTN, z_BTD).contiguous()
         y = y.transpose(1, 2)  # out_proj's input is the transpose of this
         return (y, final) if return_last_state else y
 
     def step(
         state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, *, z: Any, dt_bias: Any, dt_softplus: bool
     ) -> Any:
-        y = mamba1_state_update(state, x, dt, A, B, C, D_D=D, z_BD=z, dt_bias_D=dt_bias, dt_softplus=dt_softplus)
+        A_wide, B_wide, C_wide = widened(x, A, B, C)
+        y = mamba1_state_update(
+            state, x, dt, A_wide, B_wide, C_wide, D_D=D, z_BD=z, dt_bias_D=dt_bias, dt_softplus=dt_softplus
+        )
         return with_offsets(y, A, C, z)
 
     return {
@@ -110,7 +129,18 @@ def states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
     """Shapes of what can be added to the recurrence: D inner channels, N states."""
     mixer: Any = module
     channels, size = mixer.intermediate_size, mixer.ssm_state_size
-    return {"initial_state": (channels, size), "state_offset": (channels, size), "output_offset": (channels,)}
+    return {
+        "initial_state": (channels, size),
+        "state_offset": (channels, size),
+        "output_offset": (channels,),
+        "additional_scan": (channels, size),
+    }
+
+
+def entry_rows(module: nn.Module) -> Mapping[str, tuple[tuple[int, int], ...]]:
+    """The rows of x; those of its gate z act on the output alone."""
+    mixer: Any = module
+    return {"in_proj": ((0, mixer.intermediate_size),)}
 
 
 def _unmasked(hidden_states: Any, _: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ssmtune.families._convolution import convolution_operations
+from ssmtune.families._further_states import further_states
 from ssmtune.families._transformer import linear
 from ssmtune.families.base import Claim
 
@@ -71,6 +71,8 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
     limit: Any = module.time_step_limit
     dt_limit = (0.0, math.inf) if limit is None else tuple(limit)
 
+    convolutions, widened = further_states(module, call)
+
     def scan(x: Any, dt: Any, A: Any, B: Any, C: Any, *, return_final_states: bool, **extra: Any) -> Any:
         def run(x: Any, dt: Any, B: Any, C: Any, state: Any, seq_idx: Any, padding_mask: Any) -> Any:
             return mamba2_chunk_scan(
@@ -88,7 +90,9 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
                 padding_mask=padding_mask,
             )
 
-        y, final = scan_from_state(call, extra["initial_states"], run, (x, dt, B, C))
+        B_wide, C_wide = widened(B, C)
+        num_extra = B_wide.shape[-1] - B.shape[-1]
+        y, final = scan_from_state(call, extra["initial_states"], run, (x, dt, B_wide, C_wide), num_extra=num_extra)
         y = call.add_offsets(y, _read_out(C)).contiguous()  # Falcon-H1 takes a view of it.
         return (y, final) if return_final_states else y
 
@@ -108,13 +112,14 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
     ) -> Any:
         # The forward expands per-head values over the head width and state; each copy is the same, so one is taken.
         # It also forgets the limit on dt here, so that decoding would differ from prefill; it is given again.
+        B_wide, C_wide = widened(B, C)
         y = selective_state_update(
             state,
             x,
             dt[:, :, 0],
             A[:, 0, 0],
-            B,
-            C,
+            B_wide,
+            C_wide,
             D_H=D[:, 0],
             dt_bias_H=dt_bias[:, 0],
             dt_softplus=dt_softplus,
@@ -125,7 +130,7 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
         return y if z is None else y * F.silu(z)
 
     return {
-        **convolution_operations(module, call),
+        **convolutions,
         "mamba2_chunk_scan": scan,
         "mamba2_selective_state_update": step,
         # The fused operation would swallow out_proj and the gated norm; None makes the forward take its other branch.
@@ -141,7 +146,20 @@ def states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
         "initial_state": (heads, width, size),
         "state_offset": (heads, width, size),
         "output_offset": (heads, width),
+        # Groups, width of the model, taps, and whether the convolution has a bias.
+        "additional_scan": (
+            mixer.n_groups,
+            mixer.in_proj.in_features,
+            mixer.conv_kernel_size,
+            int(mixer.conv1d.bias is not None),
+        ),
     }
+
+
+def entry_rows(module: nn.Module) -> Mapping[str, tuple[tuple[int, int], ...]]:
+    """The rows of x, B, C and dt, which follow those of the gate z."""
+    mixer: Any = module
+    return {"in_proj": ((mixer.intermediate_size, mixer.intermediate_size + mixer.conv_dim + mixer.num_heads),)}
 
 
 def _read_out(C_GN: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -34,10 +34,11 @@ def pure_family(
     mixer: str,
     tiny_configs: Callable[[], Mapping[str, Any]],
     handled_config: frozenset[str] = frozenset(),
+    state_size: str | None = None,
 ) -> Family:
     """Return the family of a model whose layers are a Mamba-1 mixer of class `mixer` each, without attention or MLP.
 
-    `handled_config` adds to the config attributes that such models share.
+    `handled_config` adds to the config attributes that such models share; `state_size` is `Family.state_size`.
     """
     layer = "backbone.layers.{layer}."
     return Family(
@@ -49,6 +50,8 @@ def pure_family(
         recurrent_classes=(mixer,),
         operations=_unfused_operations,
         states=_mamba1.states,
+        state_size=state_size,
+        entry_rows=_mamba1.entry_rows,
         # The layers are given the mask and nothing else.
         prepare_packed=lambda model, position_ids, seq_idx: {"attention_mask": mark_documents(seq_idx)},
         tiny_configs=tiny_configs,

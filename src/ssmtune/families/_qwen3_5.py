@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ssmtune.families._gated_delta import entry_rows
 from ssmtune.families._qwen3 import part_rows, tiny
 
 RECURRENT_CLASSES = ("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
@@ -21,6 +22,9 @@ IN_PROJECTIONS = {
     "in_proj_b": ("gdn.in.b", None),
     "in_proj_a": ("gdn.in.a", None),
 }
+
+
+ENTRY_ROWS = entry_rows(["in_proj_qkv", "in_proj_b", "in_proj_a"])
 
 
 def text_configs() -> Mapping[str, Any]:

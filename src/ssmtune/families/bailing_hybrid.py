@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from ssmtune.families._gated_delta import kda_operations, kda_states, projections
+from ssmtune.families._gated_delta import entry_rows, kda_operations, kda_states, projections
 from ssmtune.families._kimi_delta import CLAIMS, HANDLED_CONFIG, MIXER
 from ssmtune.families._transformer import prepare_packed_hybrid
 from ssmtune.families.base import Family
@@ -73,6 +73,7 @@ FAMILY = Family(
     recurrent_classes=("BailingHybridDeltaAttention",),
     operations=kda_operations,
     states=kda_states,
+    entry_rows=entry_rows(["q_proj", "k_proj", "v_proj", "b_proj", "forget_gate.f_proj"]),
     prepare_packed=prepare_packed_hybrid,
     tiny_configs=_tiny_configs,
     claims=(

@@ -78,6 +78,13 @@ class Family:
     """The same for modules off that seam: name of a method -> the function that the instance uses instead."""
     states: Callable[[nn.Module], Mapping[str, tuple[int, ...]]] | None = None
     """For one recurrent module: name of what can be added to its recurrence -> shape (`Call.states`)."""
+    state_size: str | None = None
+    """The config's attribute for the number N of states, where a larger one adds states and changes nothing else."""
+    takes_prompt: bool = True
+    """Whether learned positions can go before the text: its backbone takes embeddings, a mask of tokens and a cache."""
+    entry_rows: Callable[[nn.Module], Mapping[str, tuple[tuple[int, int], ...]]] | None = None
+    """For one recurrent module: name of each projection inside it whose output the convolution or the recurrence reads ->
+    the [first, end) ranges of the output that they read; a gate's rows are not among them."""
     prepare_packed: Callable[[nn.Module, torch.Tensor, torch.Tensor], Mapping[str, Any]] | None = None
     """(backbone, position_ids [B, T], seq_idx [B, T]) -> keyword arguments that keep documents apart in its layers.
 

@@ -83,6 +83,7 @@ FAMILY = Family(
     recurrent_classes=("JambaMambaMixer",),
     operations=_mamba1.operations,
     states=_mamba1.states,
+    entry_rows=_mamba1.entry_rows,
     prepare_packed=_prepare_packed,
     tiny_configs=_tiny_configs,
     claims=(

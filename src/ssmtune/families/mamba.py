@@ -33,6 +33,7 @@ def _tiny_configs() -> Mapping[str, Any]:
 FAMILY = pure_family(
     model_type="mamba",
     mixer="MambaMixer",
+    state_size="state_size",
     tiny_configs=_tiny_configs,
     # Left in converted checkpoints by the original implementation; transformers reads none of them.
     handled_config=frozenset("d_inner d_model n_layer fused_add_norm rms_norm pad_vocab_size_multiple ssm_cfg".split()),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ssmtune.families._mamba2 import Sizes, mixer_claims, operations, states
+from ssmtune.families._mamba2 import Sizes, entry_rows, mixer_claims, operations, states
 from ssmtune.families.base import Claim, Family
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def _prepare_packed(model: nn.Module, position_ids: torch.Tensor, seq_idx: torch
         hook.remove()
         return args, {**kwargs, "seq_idx": seq_idx}
 
-    hook = model.get_submodule("backbone").register_forward_pre_hook(give_documents, with_kwargs=True)
+    hook = model.get_submodule("backbone").register_forward_pre_hook(give_documents, with_kwargs=True, prepend=True)
     return {}
 
 
@@ -76,6 +76,8 @@ FAMILY = Family(
     recurrent_classes=("Mamba2Mixer",),
     operations=operations,
     states=states,
+    state_size="state_size",
+    entry_rows=entry_rows,
     prepare_packed=_prepare_packed,
     tiny_configs=_tiny_configs,
     claims=(

@@ -10,6 +10,7 @@ from ssmtune.families._gated_delta import (
     deltanet_operations,
     deltanet_states,
     embeddings,
+    entry_rows,
     mlp,
     norms,
     projections,
@@ -73,6 +74,7 @@ FAMILY = Family(
     recurrent_classes=("OlmoHybridGatedDeltaNet",),
     operations=deltanet_operations,
     states=deltanet_states,
+    entry_rows=entry_rows([f"{name}_proj" for name in "qkvba"]),
     prepare_packed=prepare_packed_hybrid,
     tiny_configs=_tiny_configs,
     claims=(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ssmtune.families._gated_delta import deltanet_operations, deltanet_states
 from ssmtune.families._qwen3 import HANDLED_CONFIG, claims
-from ssmtune.families._qwen3_5 import IN_PROJECTIONS, RECURRENT_CLASSES, text_configs
+from ssmtune.families._qwen3_5 import ENTRY_ROWS, IN_PROJECTIONS, RECURRENT_CLASSES, text_configs
 from ssmtune.families._transformer import prepare_packed_hybrid
 from ssmtune.families.base import Family
 
@@ -15,6 +15,7 @@ FAMILY = Family(
     recurrent_classes=RECURRENT_CLASSES,
     operations=deltanet_operations,
     states=deltanet_states,
+    entry_rows=ENTRY_ROWS,
     prepare_packed=prepare_packed_hybrid,
     tiny_configs=text_configs,
     claims=claims("model", IN_PROJECTIONS),

@@ -7,7 +7,7 @@ from typing import Any
 
 from ssmtune.families._gated_delta import deltanet_operations, deltanet_states, projections
 from ssmtune.families._qwen3 import HANDLED_CONFIG, claims
-from ssmtune.families._qwen3_5 import IN_PROJECTIONS, RECURRENT_CLASSES, text_configs
+from ssmtune.families._qwen3_5 import ENTRY_ROWS, IN_PROJECTIONS, RECURRENT_CLASSES, text_configs
 from ssmtune.families._transformer import prepare_packed_hybrid
 from ssmtune.families.base import Claim, Family
 
@@ -52,6 +52,8 @@ FAMILY = Family(
     recurrent_classes=RECURRENT_CLASSES,
     operations=deltanet_operations,
     states=deltanet_states,
+    entry_rows=ENTRY_ROWS,
+    takes_prompt=False,
     prepare_packed=prepare_packed_hybrid,
     tiny_configs=_tiny_configs,
     claims=(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssmtune.families._gated_delta import deltanet_operations, deltanet_states
 from ssmtune.families._qwen3 import HANDLED_CONFIG, claims, part_rows, tiny
 from ssmtune.families._transformer import prepare_packed_hybrid
 from ssmtune.families.base import Family
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def _interleaved(*parts: str) -> Any:
@@ -62,6 +65,17 @@ def _tiny_configs() -> Mapping[str, Any]:
     }
 
 
+def _entry_rows(module: nn.Module) -> Mapping[str, tuple[tuple[int, int], ...]]:
+    """q, k and v of every key head, and all of b and a; each head's gate z lies in between."""
+    layer: Any = module
+    read = (2 * layer.key_dim + layer.value_dim) // layer.num_k_heads
+    head = read + layer.value_dim // layer.num_k_heads
+    return {
+        "in_proj_qkvz": tuple((first, first + read) for first in range(0, head * layer.num_k_heads, head)),
+        "in_proj_ba": ((0, 2 * layer.num_v_heads),),
+    }
+
+
 FAMILY = Family(
     model_types=("qwen3_next",),
     topology="sequential",
@@ -69,6 +83,7 @@ FAMILY = Family(
     recurrent_classes=("Qwen3NextGatedDeltaNet",),
     operations=deltanet_operations,
     states=deltanet_states,
+    entry_rows=_entry_rows,
     prepare_packed=prepare_packed_hybrid,
     tiny_configs=_tiny_configs,
     claims=claims(

@@ -62,6 +62,7 @@ FAMILY = Family(
     backbone="",
     recurrent_classes=("RecurrentGemmaForCausalLM", "RecurrentGemmaRecurrentBlock", "RecurrentGemmaRglru"),
     methods=griffin_methods,
+    takes_prompt=False,
     prepare_packed=_prepare_packed,
     tiny_configs=_tiny_configs,
     claims=(

@@ -43,6 +43,7 @@ FAMILY = Family(
     recurrent_classes=("RwkvForCausalLM", "RwkvSelfAttention", "RwkvFeedForward"),
     operations=rwkv_operations,
     methods=rwkv_methods,
+    takes_prompt=False,
     prepare_packed=_prepare_packed,
     tiny_configs=_tiny_configs,
     claims=(

@@ -40,6 +40,7 @@ FAMILY = Family(
     backbone="model",
     cache="state",
     recurrent_classes=("S4DMixer",),
+    takes_prompt=False,
     prepare_packed=_prepare_packed,
     tiny_configs=_tiny_configs,
     claims=(

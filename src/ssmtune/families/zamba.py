@@ -56,6 +56,11 @@ def _operations(module: nn.Module, call: Call) -> Mapping[str, Any]:
     return {**_mamba1.operations(module, call), "torch": SimpleNamespace(**{**vars(torch), "cat": cat})}
 
 
+def _states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
+    """As in Mamba-1, but for the additional scan: B and C are a head's own."""
+    return {name: shape for name, shape in _mamba1.states(module).items() if name != "additional_scan"}
+
+
 def _prepare_packed(backbone: nn.Module, position_ids: torch.Tensor, seq_idx: torch.Tensor) -> Mapping[str, Any]:
     mask = packed_mask(backbone, position_ids)
     return {"attention_mask": {"full_attention": mask, "linear_attention": None}, "seq_idx": seq_idx}
@@ -108,7 +113,7 @@ FAMILY = Family(
     backbone="model",
     recurrent_classes=("ZambaMambaMixer",),
     operations=_operations,
-    states=_mamba1.states,
+    states=_states,
     prepare_packed=_prepare_packed,
     tiny_configs=_tiny_configs,
     claims=(

@@ -81,6 +81,14 @@ class Method:
     """Which learning rate and clipping it has (`train.OptimizerConfig`); only "lora" decays."""
     make_edit: Callable[[torch.Tensor, Rows, Any], torch.nn.Module] | None = None
     make_state: Callable[[Sequence[int], Any], torch.nn.Module] | None = None
+    starts_as_base: bool = True
+    """Whether a model to which it has just been attached computes what its base computes, bit for bit."""
+    waits: tuple[str, ...] = ()
+    """Parts of the names of trained tensors that have no gradient at first: a factor that starts at zero multiplies them."""
+    acts_at_start: bool = False
+    """Whether it acts where a sequence begins, and on later steps through the cache alone."""
+    needs: str = ""
+    """What a model must have for it, where that is not plain from the role; said when it has nothing to edit."""
     value_kind: Literal["factors", "delta", "absolute"] = "factors"
     recipes: Mapping[str, tuple[Edit, ...]] = field(default_factory=dict)
     """Recipes that this method brings, by name."""

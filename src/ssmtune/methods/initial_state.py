@@ -49,6 +49,7 @@ METHOD = Method(
     num_params=num_elements,
     optimizer_group="state",
     make_state=_make_state,
+    acts_at_start=True,
     value_kind="absolute",
     recipes={"initial-state": (Edit(method="initial_state", select=("state.initial_state",)),)},
 )

@@ -63,5 +63,6 @@ METHOD = Method(
     allows=_allows,
     num_params=_num_params,
     optimizer_group="lora",
+    waits=("lora_A",),
     make_edit=_make_edit,
 )

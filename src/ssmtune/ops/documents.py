@@ -6,22 +6,37 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ssmtune.ops.seam import Call
 
 Scan = Callable[..., tuple[torch.Tensor, Any]]
 
 
-def scan_from_state(call: Call, entering: Any, scan: Scan, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Any]:
+def scan_from_state(
+    call: Call, entering: Any, scan: Scan, inputs: Sequence[torch.Tensor], *, num_extra: int = 0
+) -> tuple[torch.Tensor, Any]:
     """Return `scan(*inputs, state, seq_idx, padding_mask)` with the trained initial state wherever a document begins.
 
     `inputs` are [B, T, ...], the scan's output as well; a state is a tensor or several, [B, ...] each. `entering` is the
     one that a cache handed on; a continued sequence keeps it. A scan resets its state to zero between documents, so
     packed documents become rows of their own.
+    `num_extra` is by how much additional states make the last dimension longer than the initial state's.
     """
-    initial = call.state("initial_state")
+    output, final = _scan(call, entering, scan, inputs, num_extra)
+    if call.recorded is not None:
+        call.recorded["state"] = final
+    return output, final
+
+
+def _scan(
+    call: Call, entering: Any, scan: Scan, inputs: Sequence[torch.Tensor], num_extra: int
+) -> tuple[torch.Tensor, Any]:
+    initial = call.state("initial_state") if call.start is None else call.start.state
     if entering is not None or initial is None:
         return scan(*inputs, entering, call.seq_idx, call.padding_mask)
+    if call.start is None:
+        initial = F.pad(initial, (0, num_extra))
     if call.seq_idx is None:
         batch = inputs[0].shape[0]
         return scan(*inputs, initial.expand(batch, *initial.shape), None, call.padding_mask)
@@ -30,6 +45,19 @@ def scan_from_state(call: Call, entering: Any, scan: Scan, inputs: Sequence[torc
     output, final = scan(*rows, initial.expand(rows[0].shape[0], *initial.shape), None, documents.mask)
     last = tuple(part[documents.last] for part in final) if isinstance(final, tuple) else final[documents.last]
     return documents.join(output), last
+
+
+def convolve_from_window(call: Call, x_BCT: torch.Tensor, convolve: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Return `convolve(x, window, seq_idx, padding_mask)` [B, C, T] with the start's window wherever a document begins."""
+    if call.start is None:
+        return convolve(x_BCT, None, call.seq_idx, call.padding_mask)
+    window_CK = call.start.window_CK
+    if call.seq_idx is None:
+        return convolve(x_BCT, window_CK.expand(x_BCT.shape[0], -1, -1), None, call.padding_mask)
+    documents = DocumentRows(call.seq_idx)
+    rows = documents.split(x_BCT.transpose(1, 2)).transpose(1, 2)
+    output = convolve(rows, window_CK.expand(rows.shape[0], -1, -1), None, documents.mask)
+    return documents.join(output.transpose(1, 2)).transpose(1, 2)
 
 
 class DocumentRows:

@@ -17,8 +17,18 @@ from torch import nn
 
 from ssmtune.errors import AttachError
 
-STATES = ("initial_state", "state_offset", "output_offset")
+STATES = ("initial_state", "state_offset", "output_offset", "affix", "additional_scan")
 """Names under which a recurrent module holds trained additions to its recurrence."""
+
+
+@dataclass
+class Start:
+    """What learned positions before the text leave behind (`ops.affix`): every new sequence starts from it."""
+
+    state: torch.Tensor
+    """The recurrence's state after them, without batch."""
+    window_CK: torch.Tensor
+    """[C, K-1] the last inputs of the convolution."""
 
 
 @dataclass
@@ -38,11 +48,28 @@ class Call:
     """Index of the layer that the module belongs to, the same at every call; None outside the layers."""
     states: dict[str, Any] = field(default_factory=dict)
     """The module's trained additions to the recurrence, by the names of `STATES`."""
+    num_steps: int = 0
+    """T, the number of steps that the module was given."""
+    hidden_BTD: torch.Tensor | None = None
+    """What the module was given, where an addition reads it."""
+    start: Start | None = None
+    """What a new sequence starts from; None without learned positions, and where a sequence is continued."""
+    recorded: dict[str, torch.Tensor] | None = None
+    """Where the operations leave the convolution's "window" and the final "state", while learned positions run."""
+
+    def __deepcopy__(self, memo: Any) -> Call:
+        """A copied model runs on the same functions, which read this very call."""
+        return self
+
+    def edit(self, name: str) -> Any:
+        """Return the module of a trained addition, or None where none is attached or it is switched off."""
+        edit = self.states.get(name)
+        return edit if edit is not None and edit.enabled else None
 
     def state(self, name: str) -> torch.Tensor | None:
-        """Return a trained addition, fp32 and without batch, or None where none is attached or it is switched off."""
-        edit = self.states.get(name)
-        return edit() if edit is not None and edit.enabled else None
+        """Return a trained addition that is one tensor, fp32 and without batch, or None."""
+        edit = self.edit(name)
+        return None if edit is None else edit()
 
     def add_offsets(
         self,

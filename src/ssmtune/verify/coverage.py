@@ -71,9 +71,10 @@ def _key(site: Site) -> str:
 
 def _trained_counts(adapted: AdaptedModel) -> Counter[str]:
     counts: Counter[str] = Counter()
+    keys = {f"{key}.{name}" if name else key: key for key, edit in adapted.edits.items() for name in edit.trained()}
     for name, parameter in adapted.trained_parameters().items():
         module = name.partition(".lora_")[0].removeprefix("base_model.model.").replace(".base_layer", "")
-        counts[name if name in adapted.edits else module] += parameter.numel()
+        counts[keys.get(name, module)] += parameter.numel()
     return counts
 
 
@@ -123,7 +124,7 @@ def _edit_fault(adapted: AdaptedModel, site: Site) -> str:
     if "" in trained:
         shape = tuple(trained[""].shape)
         return "" if shape == site.shape else f"{site.role} has an edit of shape {shape}, the plan says {site.shape}"
-    if edit.rows != site.rows:
+    if site.container == "tensor" and edit.rows != site.rows:
         return f"{site.role} acts on rows {edit.rows}, the plan says {site.rows}"
     return ""
 
