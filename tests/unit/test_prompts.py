@@ -167,5 +167,5 @@ def test_padding_that_fills_the_first_chunk_is_refused() -> None:
 
 
 def test_a_model_off_this_path_is_refused_with_the_reason() -> None:
-    with pytest.raises(PlacementError, match="RWKV, RecurrentGemma, S4D and multimodal models are not served"):
+    with pytest.raises(PlacementError, match="RWKV, RecurrentGemma, S4D, xLSTM and multimodal models are not served"):
         make_plan(tiny_model(("rwkv", "dense")), "prompt")

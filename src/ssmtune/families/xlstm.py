@@ -56,6 +56,7 @@ FAMILY = Family(
     recurrent_classes=("xLSTMForCausalLM", "xLSTMBackend"),
     methods=xlstm_methods,
     states=xlstm_states,
+    takes_prompt=False,
     prepare_packed=_prepare_packed,
     tiny_configs=_tiny_configs,
     claims=(

@@ -56,6 +56,11 @@ def _operations(module: nn.Module, call: Call) -> Mapping[str, Any]:
     return {**_mamba1.operations(module, call), "torch": SimpleNamespace(**{**vars(torch), "cat": cat})}
 
 
+def _states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
+    """As in Mamba-1, but for the additional scan: B and C are a head's own."""
+    return {name: shape for name, shape in _mamba1.states(module).items() if name != "additional_scan"}
+
+
 def _prepare_packed(backbone: nn.Module, position_ids: torch.Tensor, seq_idx: torch.Tensor) -> Mapping[str, Any]:
     mask = packed_mask(backbone, position_ids)
     return {"attention_mask": {"full_attention": mask, "linear_attention": None}, "seq_idx": seq_idx}
@@ -100,11 +105,6 @@ def _tiny_configs() -> Mapping[str, Any]:
             mamba_conv_bias=False,
         ),
     }
-
-
-def _states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
-    """Without additional states: each head's scan is called by itself, and would need rows of its own."""
-    return {name: shape for name, shape in _mamba1.states(module).items() if name != "additional_scan"}
 
 
 FAMILY = Family(

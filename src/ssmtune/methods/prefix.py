@@ -14,5 +14,5 @@ METHOD = positions_method(
     summary="Inputs of every layer at M learned positions before every text.",
     formula="M d per layer that mixes tokens, for M positions",
     source="Li and Liang 2021, section 4; Galim et al. 2025",
-    needs="A prefix goes into the layers' inputs; RWKV, RecurrentGemma, S4D and multimodal models are not served.",
+    needs="A prefix goes into the layers' inputs; RWKV, RecurrentGemma, S4D, xLSTM and multimodal models are not served.",
 )

@@ -13,5 +13,5 @@ METHOD = positions_method(
     summary="Embeddings of M learned tokens before every text.",
     formula="M d for M tokens",
     source="Lester et al. 2021, section 2; Galim et al. 2025",
-    needs="A prompt goes into the backbone's embeddings; RWKV, RecurrentGemma, S4D and multimodal models are not served.",
+    needs="A prompt goes into the backbone's embeddings; RWKV, RecurrentGemma, S4D, xLSTM and multimodal models are not served.",
 )

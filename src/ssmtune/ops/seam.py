@@ -57,6 +57,10 @@ class Call:
     recorded: dict[str, torch.Tensor] | None = None
     """Where the operations leave the convolution's "window" and the final "state", while learned positions run."""
 
+    def __deepcopy__(self, memo: Any) -> Call:
+        """A copied model runs on the same functions, which read this very call."""
+        return self
+
     def edit(self, name: str) -> Any:
         """Return the module of a trained addition, or None where none is attached or it is switched off."""
         edit = self.states.get(name)
