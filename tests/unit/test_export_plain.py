@@ -253,3 +253,21 @@ def test_modules_that_stock_peft_refuses_are_extras(monkeypatch: pytest.MonkeyPa
     assert record["check"]["export_to_trained"]["max"] < SAME
     record = export(ExportConfig(run=str(adapter), to="peft", out=str(tmp_path / "less"), drop_extras=True))
     assert record["check"]["plain_to_expected"]["max"] < SAME < record["check"]["export_to_trained"]["max"]
+
+
+def test_pissa_arrives_as_factors_of_twice_the_rank(base: Path, tmp_path: Path, in_process: None) -> None:
+    """The start that is subtracted becomes further rows and columns; the base stays as it is."""
+    options = {"rank": 3, "alpha": 6.0, "init": "pissa", "scaling": "rs"}
+    recipe = Recipe(name="pissa", edits=(Edit(method="lora", select=("attn.q", "ssm.in.x"), options=options),))
+    run = _adapter(base, recipe, tmp_path / "pissa")
+    record = export(ExportConfig(run=str(run), to="peft", out=str(tmp_path / "peft")))
+    assert record["check"]["ok"] and record["check"]["export_to_trained"]["max"] < SAME
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["r"] == 6 and config["init_lora_weights"] is True and not config["use_rslora"]
+
+
+def test_dora_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    run = _adapter(base, "dora", tmp_path / "dora")
+    with pytest.raises(ConfigError, match=r"'dora', which is more than a pair of factors.* --to hf"):
+        export(ExportConfig(run=str(run), to="peft", out=str(tmp_path / "peft")))
+    assert not (tmp_path / "peft").exists()
