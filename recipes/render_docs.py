@@ -6,6 +6,7 @@ Run from the repository root: python recipes/render_docs.py [--check]
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ BENCH = ROOT / "records/bench"
 CPU = BENCH / "operations-cpu.json"
 HANKEL_STEP = BENCH / "hankel-step-cpu.json"
 TRACKING = ROOT / "records/studies/state-tracking.json.gz"
+METHOD_FAMILIES = ROOT / "src/ssmtune/assets/method_families.json"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -61,14 +63,26 @@ def roles() -> str:
     return table(["family", "role", "group", "tensor", "rows"], rows)
 
 
+def method_families() -> dict[str, list[str]]:
+    """Which families have a component that a method can edit: the table that `ssmtune methods` reads."""
+    usable: dict[str, list[str]] = {method: [] for method in method_names()}
+    for name in family_names():
+        inventories = [take_inventory(weightless(config)) for config in get_family(name).tiny_configs().values()]
+        for method, members in usable.items():
+            if any(get_method(method).allows(c) for inventory in inventories for c in inventory.everything):
+                members.append(name)
+    return usable
+
+
 def methods() -> str:
     """What each method trains and costs."""
     rows = []
     for name in method_names():
         method = get_method(name)
         mergeable = "yes" if method.mergeable else "no"
-        rows.append([f"`{name}`", method.summary, method.formula, mergeable, method.overhead, method.source])
-    return table(["method", "trains", "parameters per site", "mergeable", "overhead", "source"], rows)
+        recipes = ", ".join(f"`{recipe}`" for recipe in sorted(method.recipes))
+        rows.append([f"`{name}`", method.summary, method.formula, mergeable, method.overhead, recipes, method.source])
+    return table(["method", "trains", "parameters per site", "mergeable", "overhead", "own recipes", "source"], rows)
 
 
 def checks() -> str:
@@ -423,6 +437,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail when a page was out of date")
     arguments = parser.parse_args()
     stale = []
+    shipped = json.dumps(method_families(), indent=1) + "\n"
+    if METHOD_FAMILIES.read_text(encoding="utf-8") != shipped:
+        stale.append(str(METHOD_FAMILIES.relative_to(ROOT)))
+        if not arguments.check:
+            METHOD_FAMILIES.write_text(shipped, encoding="utf-8")
     for page, parts in PARTS.items():
         path = ROOT / page
         before = path.read_bytes()

@@ -88,9 +88,10 @@ def discarded_paths(plan: Plan) -> set[str]:
     return {site.path for site in plan.sites if site.options.get("saved") is False}
 
 
-def _kept(adapted: AdaptedModel, dropped: Collection[str]) -> dict[str, torch.nn.Parameter]:
-    """What trains in the tensor edits and is saved, by the name it has in the file."""
-    return {name: p for name, p in adapted.edit_parameters().items() if name not in dropped}
+def _kept(adapted: AdaptedModel, dropped: Collection[str]) -> dict[str, torch.Tensor]:
+    """What the tensor edits train or need and is saved, by the name it has in the file."""
+    held: dict[str, torch.Tensor] = {**adapted.edit_parameters(), **adapted.edit_constants()}
+    return {name: value for name, value in held.items() if name not in dropped}
 
 
 def _peft_config(adapted: AdaptedModel, extras: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -23,11 +23,12 @@ from ssmtune.inventory import take_inventory
 from ssmtune.methods.base import TensorEdit, get_method
 from ssmtune.operations import install_operations
 from ssmtune.ops.seam import Call
-from ssmtune.peft_layers import lora_config, tuner_for_every_projection, unwrap
-from ssmtune.plan import Plan
+from ssmtune.peft_layers import lora_config, settle_magnitudes, tuner_for_every_projection, unwrap
+from ssmtune.plan import Plan, Site
 from ssmtune.virtual_tokens import install_virtual_tokens
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 Fast = Literal["auto", "off", "require"]
@@ -62,6 +63,7 @@ class AdaptedModel(PeftModelForCausalLM):
                 # PEFT reads an attribute that transformers has renamed.
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
                 super().__init__(model, lora_config(plan))
+            settle_magnitudes(model)
             _apply_edits(model, plan, self.edits)
             _apply_states(model, plan, self.edits)
             if any(site.role in ("state.prompt", "state.prefix") for site in plan.sites):
@@ -94,12 +96,36 @@ class AdaptedModel(PeftModelForCausalLM):
             for name, parameter in edit.trained().items()
         }
 
+    def edit_constants(self) -> dict[str, torch.Tensor]:
+        """Return what the tensor edits need besides what trains, by site and name: it is saved with them."""
+        return {f"{key}.{name}": value for key, edit in self.edits.items() for name, value in edit.named_buffers()}
+
     def optimizer_group(self, name: str) -> str:
         """Return the optimiser group of a name from `trained_parameters`: "lora", "core" or "state"."""
+        site = self._site_of(name)
+        return "lora" if site is None else get_method(site.method).optimizer_group
+
+    def decay_factor(self, name: str) -> float:
+        """Return the multiple of the optimiser's weight decay for a name from `trained_parameters`."""
+        site = self._site_of(name)
+        if site is None:
+            modules = [site for site in self.plan.sites if site.container == "module"]
+            # PEFT's layers are all of one kind (`plan`), so any of the sites stands for the one that has this name.
+            site, local = modules[0], name.rpartition(".lora_")[2]
+        else:
+            local = name.removeprefix(site.key).removeprefix(".")
+        method = get_method(site.method)
+        if method.decay_factor is not None:
+            options = decode(method.Options, site.options, where=f"plan, {site.path}")
+            return method.decay_factor(site.role, local, options)
+        return 1.0 if method.optimizer_group == "lora" else 0.0
+
+    def _site_of(self, name: str) -> Site | None:
+        """The site of a tensor edit's parameter; None for what is in PEFT's layers."""
         for site in self.plan.sites:
             if site.container != "module" and (name == site.key or name.startswith(f"{site.key}.")):
-                return get_method(site.method).optimizer_group
-        return "lora"
+                return site
+        return None
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,12 @@ from peft.tuners.lora.layer import LoraLayer
 from ssmtune import adapter_files
 from ssmtune.adapter_files import discarded_paths
 from ssmtune.attach import AdaptedModel, base_tensor, load, owner_of
-from ssmtune.errors import AttachError, ConfigError
-from ssmtune.models import Dtype, load_model, load_tokenizer
+from ssmtune.errors import AttachError, ConfigError, nearest
+from ssmtune.inventory import take_inventory
+from ssmtune.methods._low_rank import decomposed
+from ssmtune.models import Dtype, load_model, load_tokenizer, weightless
 from ssmtune.peft_layers import module_name
+from ssmtune.placement import is_below, touches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,19 +41,23 @@ class Survival:
     max_abs_delta: float
 
 
-def merge(adapted: AdaptedModel) -> PreTrainedModel:
+def merge(adapted: AdaptedModel, *, restore: Sequence[str] = ()) -> PreTrainedModel:
     """Return a plain model with every edit of `adapted` in its weights, in the base's dtype; `adapted` is used up.
 
-    Each tensor becomes round(W + change) with the sum in fp32. A second merge raises `AttachError`.
+    Each tensor becomes round(W + change) with the sum in fp32. The edits of the roles in `restore`, with the parts below
+    them, are given up: their tensors, or their rows of a tensor, are the base's again.
+    A second merge raises `AttachError`, a role that no edit touches `ConfigError`.
     """
     adapted._refuse_spent("merge")
     _refuse_unmergeable(adapted)
-    return merge_tensors(adapted)
+    return merge_tensors(adapted, restore=restore)
 
 
-def merge_tensors(adapted: AdaptedModel) -> PreTrainedModel:
+def merge_tensors(adapted: AdaptedModel, *, restore: Sequence[str] = ()) -> PreTrainedModel:
     """Return the plain model with every edit of a tensor in its weights; what is no tensor's is taken off and lost."""
     merged = effective_tensors(adapted)
+    if restore:
+        _restore(adapted, merged, restore)
     base = adapted.detach()
     with torch.no_grad():
         for path, value in merged.items():
@@ -59,6 +66,26 @@ def merge_tensors(adapted: AdaptedModel) -> PreTrainedModel:
             tensor.copy_(value.to(tensor.dtype))
     adapted.mark_spent("merged")
     return base
+
+
+def _restore(adapted: AdaptedModel, merged: dict[str, torch.Tensor], roles: Sequence[str]) -> None:
+    """Put the base's values back into `merged`, for the components of these roles."""
+    model = adapted.base_model.model
+    inventory = take_inventory(weightless(model.config))
+    for role in roles:
+        named = [c for c in (*inventory.components, *inventory.segments) if is_below(c.role, role)]
+        found = [c for c in named if c.path in merged]
+        edited = {s.path: [o.rows for o in adapted.plan.sites if o.path == s.path] for s in adapted.plan.sites}
+        found = [c for c in found if any(touches(c.rows, rows) for rows in edited[c.path])]
+        if not found:
+            trained = sorted({site.role for site in adapted.plan.sites})
+            raise ConfigError(
+                f"restore {role!r}: no edit of this adapter touches it; {nearest(role, trained)}. Leave it out."
+            )
+        for component in found:
+            base = base_tensor(model, component.path).float()
+            for first, end in component.rows or ((0, len(base)),):
+                merged[component.path][first:end] = base[first:end]
 
 
 def _refuse_unmergeable(adapted: AdaptedModel) -> None:
@@ -85,8 +112,11 @@ def _effective(adapted: AdaptedModel, path: str) -> torch.Tensor:
     value = base_tensor(adapted.base_model.model, path).float()
     for site in sites:
         if site.container == "module":
-            change: torch.Tensor = _lora_layer(adapted, path, module_name(site)).get_delta_weight("default").float()
-            return value + change
+            layer = _lora_layer(adapted, path, module_name(site))
+            value = value + layer.get_delta_weight("default").float()
+            if layer.lora_magnitude_vector:
+                value = decomposed(value, layer.lora_magnitude_vector["default"].weight[:, None])
+            return value
         edit: Any = adapted.edits[site.key]
         training = edit.training
         # On fp32 an edit does not round; dropout is for training alone.
@@ -161,7 +191,8 @@ def merge_to(
     *,
     model: str | None = None,
     dtype: Dtype = "auto",
-    make_plain: Callable[[AdaptedModel], PreTrainedModel] = merge,
+    restore: Sequence[str] = (),
+    make_plain: Callable[[AdaptedModel], PreTrainedModel] | None = None,
 ) -> dict[str, Any]:
     """Write the merged model of a run (or of an adapter directory and its base) to `out`; return what was merged.
 
@@ -180,7 +211,7 @@ def merge_to(
     adapted = load(base, directory)
     target = next(base.parameters()).dtype
     survival = survival_by_role(survival_report(adapted, target))
-    merged = make_plain(adapted)
+    merged = merge(adapted, restore=restore) if make_plain is None else make_plain(adapted)
     result = {
         "out": str(out),
         "base": model,
@@ -189,6 +220,7 @@ def merge_to(
         "step": saved.step,
         "recipe": saved.plan.recipe,
         "dtype": str(target).removeprefix("torch."),
+        "restored": list(restore),
         "survival": survival,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -209,9 +241,11 @@ def _model_card(result: dict[str, Any]) -> str:
         f"| {row['role']} | {row['tensors']} | {row['changed']:.1%} | {row['survives']:.1%} |"
         for row in result["survival"]
     )
+    restored = f"Restored to the base's values: {', '.join(result['restored'])}.\n\n" if result["restored"] else ""
     return (
         f"# Merged model\n\n"
         f"Base `{result['base']}` (digest {result['base_digest']}), adapter of run `{result['run_id']}`, step "
         f"{result['step']}, recipe `{result['recipe']}`, merged by ssmtune in fp32 and rounded once to {result['dtype']}.\n\n"
+        f"{restored}"
         f"| role | tensors | elements changed | still changed after rounding |\n|---|---:|---:|---:|\n{rows}\n"
     )

@@ -6,12 +6,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, LoraModel, PeftType, TaskType
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from ssmtune.errors import AttachError
+from ssmtune.methods.base import get_method
+from ssmtune.methods.lora import effective_alpha
 from ssmtune.plan import Plan, Site
 
 
@@ -51,6 +55,8 @@ def lora_config(plan: Plan) -> LoraConfig:
     modules = [site for site in sites if len(site.shape) == 2]
     packed = [site for site in sites if len(site.shape) == 3]
     default: Mapping[str, Any] = sites[0].options if sites else {"rank": 1, "alpha": 1.0, "dropout": 0.0}
+    alphas = {module_name(site): effective_alpha(site.options) for site in sites}
+    alpha = effective_alpha(default)
     dropouts = {site.options["dropout"] for site in sites}
     if len(dropouts) > 1:
         raise AttachError(
@@ -59,18 +65,33 @@ def lora_config(plan: Plan) -> LoraConfig:
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=default["rank"],
-        lora_alpha=default["alpha"],
+        # The scale of "rs" is put into alpha: PEFT's own switch for it would hold for every site.
+        lora_alpha=alpha,
         lora_dropout=default["dropout"],
         target_modules=[module_name(site) for site in modules] or DUMMY_TARGET_MODULES,
         target_parameters=[site.path for site in packed] or None,
-        rank_pattern=_pattern(sites, "rank", default),
-        alpha_pattern=_pattern(sites, "alpha", default),
+        rank_pattern={module_name(s): s.options["rank"] for s in sites if s.options["rank"] != default["rank"]},
+        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
         bias="none",
+        **(get_method(sites[0].method).peft_switches if sites else {}),
     )
 
 
-def _pattern(sites: list[Site], option: str, default: Mapping[str, Any]) -> dict[str, Any]:
-    return {module_name(site): site.options[option] for site in sites if site.options[option] != default[option]}
+def settle_magnitudes(base: nn.Module) -> None:
+    """Put the magnitudes of PEFT's DoRA layers at the fp32 norms of their rows.
+
+    PEFT takes the norms in the base's dtype, so that on a bf16 base the start is not the base model.
+    Raises `AttachError` for a row of zeros, by whose norm the layer would divide.
+    """
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and module.lora_magnitude_vector:
+            norms = torch.linalg.vector_norm(module.get_base_layer().weight.detach().float(), dim=1)
+            if not bool(norms.all()):
+                raise AttachError(
+                    f"{name}: {int((norms == 0).sum())} rows of its weight are zero, and DoRA divides by the norm of each. "
+                    "Leave this projection out, or use method 'lora'."
+                )
+            module.lora_magnitude_vector["default"].weight = nn.Parameter(norms)
 
 
 def module_name(site: Site) -> str:

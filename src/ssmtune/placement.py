@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from ssmtune.component import GROUPS, Component
 from ssmtune.errors import ConfigError, PlacementError, nearest
 from ssmtune.inventory import Inventory
-from ssmtune.methods.base import get_method, method_names
+from ssmtune.methods.base import Rows, get_method, method_names, refuse_not_offered
 from ssmtune.recipe import EVERY_PROJECTION, Edit, Recipe
 
 TRANSFORMER_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -43,36 +43,51 @@ def named_recipe(
     rank: int = 16,
     alpha: float = 32.0,
     dropout: float = 0.0,
+    scaling: str = "standard",
+    init: str = "default",
     seed: int = 0,
     allow_unmatched: bool = False,
+    without: tuple[str, ...] = (),
 ) -> Recipe:
     """Return the recipe of that name. Raises `ConfigError` naming the nearest.
 
-    `rank`, `alpha` and `dropout` go to every edit whose method has such an option and for which the recipe does not
-    fix it; `seed` draws a random placement.
+    `rank`, `alpha`, `dropout`, `scaling` and `init` go to every edit whose method has such an option and for which the
+    recipe does not fix it; `scaling` and `init` are refused where no edit takes them. `seed` draws a random placement.
 
     >>> [edit.method for edit in named_recipe("all+core").edits]
     ['lora', 'core']
     """
     recipes = _recipes()
+    refuse_not_offered(name)
     if name not in recipes:
         raise ConfigError(
             f"recipe {name!r} does not exist; {nearest(name, recipes)}. A YAML file can hold one of your own."
         )
-    given = {"rank": rank, "alpha": alpha, "dropout": dropout}
-    edits = []
+    given = {"rank": rank, "alpha": alpha, "dropout": dropout, "scaling": scaling, "init": init}
+    edits, taken = [], set()
     for edit in recipes[name]:
         known = {field.name for field in fields(get_method(edit.method).Options)}
         options = {**{key: value for key, value in given.items() if key in known}, **edit.options}
+        taken |= known - edit.options.keys()
         edits.append(replace(edit, options=options, seed=seed))
-    return Recipe(name=name, edits=tuple(edits), allow_unmatched=allow_unmatched)
+    for option, value, default in (("scaling", scaling, "standard"), ("init", init, "default")):
+        if value != default and option not in taken:
+            methods = ", ".join(sorted({edit.method for edit in edits}))
+            raise ConfigError(
+                f"{option} {value!r}: no edit of recipe {name!r} takes it (methods: {methods}). "
+                "Leave it out; 'ssmtune methods' shows what each method takes."
+            )
+    return Recipe(name=name, edits=tuple(edits), allow_unmatched=allow_unmatched, without=without)
 
 
-def select_components(inventory: Inventory, edit: Edit, *, allow_unmatched: bool) -> list[Component]:
-    """Return the components that an edit selects, in model order.
+def select_components(
+    inventory: Inventory, edit: Edit, *, allow_unmatched: bool, without: Sequence[str] = ()
+) -> list[Component]:
+    """Return the components that an edit selects, in model order, with those of `without` left out (`Recipe`).
 
-    Raises `PlacementError` for an entry that matches nothing (with the nearest roles), and for a role that the
-    method cannot edit; `allow_unmatched` forgives module names that match nothing, never a whole empty selection.
+    Raises `PlacementError` for an entry that matches nothing (with the nearest roles), for a role that the method
+    cannot edit, and for one that is both selected and left out; `allow_unmatched` forgives module names that match
+    nothing, never a whole empty selection.
     """
     method = get_method(edit.method)
     usable = [c for c in inventory.everything if method.allows(c)]
@@ -82,7 +97,7 @@ def select_components(inventory: Inventory, edit: Edit, *, allow_unmatched: bool
         found = _by_group_or_role(inventory, usable, entry, edit.method)
         # A model without attention is still adapted "all" over: an absent group of a named recipe is no mistake,
         # a group that is asked for alone is.
-        if not found and (entry not in GROUPS or len(edit.select) == 1):
+        if not found and not edit.if_present and (entry not in GROUPS or len(edit.select) == 1):
             unmatched.append(entry)
         chosen += found
     for name in edit.modules:
@@ -94,11 +109,12 @@ def select_components(inventory: Inventory, edit: Edit, *, allow_unmatched: bool
         raise PlacementError(_unmatched_message(inventory, edit, unmatched, chosen))
     if edit.layers is not None:
         chosen = [c for c in chosen if c.layer in edit.layers]
+    chosen = _leave_out(inventory, edit, usable, chosen, without)
     ordered = [c for c in inventory.everything if c in chosen]
     if edit.share < 1:
         kept = random.Random(f"placement-{edit.seed}").sample(ordered, max(1, round(edit.share * len(ordered))))
         ordered = [c for c in ordered if c in kept]
-    if not ordered:
+    if not ordered and not edit.if_present:
         raise PlacementError(
             f"edit {edit.method!r} selects no component of {inventory.model_type} "
             f"(select {list(edit.select)}, layers {edit.layers}). 'ssmtune inspect MODEL' lists roles and layers."
@@ -106,9 +122,62 @@ def select_components(inventory: Inventory, edit: Edit, *, allow_unmatched: bool
     return ordered
 
 
+def _leave_out(
+    inventory: Inventory, edit: Edit, usable: Sequence[Component], chosen: list[Component], without: Sequence[str]
+) -> list[Component]:
+    """`chosen` without what `without` names; a tensor of which it names some rows is replaced by its other parts."""
+    barred = []
+    for entry in without:
+        found = [c for c in inventory.everything if c.group == entry or is_below(c.role, entry)]
+        if not found:
+            known = sorted({c.role for c in inventory.everything})
+            raise PlacementError(
+                f"without {entry!r}: nothing in this {inventory.model_type} has that role; "
+                f"{nearest(entry, [*known, *GROUPS])}. 'ssmtune inspect MODEL' lists every role."
+            )
+        barred += found
+        if any(is_below(selected, entry) for selected in edit.select):
+            raise PlacementError(
+                f"without {entry!r}: the edit by {edit.method!r} selects {', '.join(edit.select)}, which it forbids. "
+                "Take it out of one of the two."
+            )
+    kept: list[Component] = []
+    for component in chosen:
+        touching = [c for c in barred if c.path == component.path and touches(c.rows, component.rows)]
+        if not touching:
+            kept.append(component)
+        elif component.rows is None and all(c.rows is not None for c in touching):
+            others = [c for c in inventory.segments if c.path == component.path and c not in touching]
+            if not all(c in usable for c in others):
+                raise PlacementError(
+                    f"without {', '.join(without)}: method {edit.method!r} edits {component.role} ({component.path}) "
+                    "only as a whole, and some of its rows are left out. Select other roles."
+                )
+            kept += others
+    return kept
+
+
+def is_below(role: str, entry: str) -> bool:
+    """Whether `entry` is the role or what it is a part of.
+
+    >>> is_below("attn.q.bias", "attn.q"), is_below("attn.qk", "attn.q")
+    (True, False)
+    """
+    return role == entry or role.startswith(f"{entry}.")
+
+
+def touches(rows: Rows, other: Rows) -> bool:
+    """Whether two selections of rows of one tensor have a row in common; None is all of them."""
+    if rows is None or other is None:
+        return True
+    return any(a < d and c < b for a, b in rows for c, d in other)
+
+
 def _by_group_or_role(inventory: Inventory, usable: Sequence[Component], entry: str, method: str) -> list[Component]:
     if entry in GROUPS:
         return [c for c in usable if c.group == entry and c.rows is None and not c.role.endswith(".bias")]
+    if entry == "everything":
+        return [c for c in usable if c.rows is None]
     if entry == "biases":
         return [c for c in usable if c.role.endswith(".bias") and c.rows is None]
     found = [c for c in usable if c.role == entry]

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ssmtune.budget import Budget, Chosen, fit_budget
 from ssmtune.component import BRANCH, Component
 from ssmtune.config import decode
 from ssmtune.errors import PlacementError, PlanMismatch
 from ssmtune.inventory import Inventory, take_inventory
 from ssmtune.methods.base import Container, Method, get_method
-from ssmtune.placement import named_recipe, select_components
+from ssmtune.placement import named_recipe, select_components, touches
 from ssmtune.probe import Uses, probe
 from ssmtune.recipe import Recipe
 from ssmtune.records import digest
@@ -63,6 +64,8 @@ class Plan:
     recipe: str
     total: int
     sites: tuple[Site, ...]
+    budget: Budget | None = None
+    """What the plan was fitted to; None where its sizes were given."""
 
     @property
     def trainable(self) -> int:
@@ -96,6 +99,7 @@ class Plan:
             "total": self.total,
             "trainable": self.trainable,
             "groups": self.groups,
+            "budget": None if self.budget is None else asdict(self.budget),
             "sites": [asdict(site) for site in self.sites],
         }
 
@@ -119,6 +123,8 @@ class Plan:
                 recipe=data["recipe"],
                 total=data["total"],
                 sites=sites,
+                # Plans made before there were budgets have none.
+                budget=None if data.get("budget") is None else Budget(**data["budget"]),
             )
             trainable = data["trainable"]
         except (KeyError, TypeError) as error:
@@ -136,13 +142,15 @@ def make_plan(
     recipe: str | Recipe = "all+core",
     *,
     inventory: Inventory | None = None,
+    budget: int | None = None,
     **recipe_options: Any,
 ) -> Plan:
     """Return the plan of a recipe for a model, real or on the meta device. The model is not changed.
 
-    `recipe` is a name (options `rank`, `alpha`, `dropout`, `seed`, `allow_unmatched` go to `named_recipe`) or a
-    `Recipe`. Raises `PlacementError` for what cannot work: a selection that matches nothing, or a site that some
-    execution path never uses in the way its method needs, naming the path.
+    `recipe` is a name (further options go to `named_recipe`) or a `Recipe`; `budget` is a number of trained parameters
+    to which the rank is fitted (`fit_budget`). Raises `PlacementError` for what cannot work: a selection that matches
+    nothing, a site that some execution path never uses in the way its method needs, naming the path, or a budget that
+    no rank meets.
 
     >>> plan = make_plan(model, "all+core")      # doctest: +SKIP
     >>> plan.trainable                           # doctest: +SKIP
@@ -151,35 +159,57 @@ def make_plan(
     if isinstance(recipe, str):
         recipe = named_recipe(recipe, **recipe_options)
     uses = probe(model)
-    sites = []
+    chosen: list[Chosen] = []
     for edit in recipe.edits:
-        method = get_method(edit.method)
-        options = decode(method.Options, edit.options, where=f"recipe {recipe.name!r}, options of {edit.method!r}")
-        for component in select_components(inventory, edit, allow_unmatched=recipe.allow_unmatched):
-            container = _container(model, component, method, inventory)
-            _refuse_dead(component, edit.method, container, uses)
-            sites.append(
-                Site(
-                    role=component.role,
-                    group=component.group,
-                    layer=component.layer,
-                    path=component.path,
-                    rows=component.rows,
-                    shape=component.shape,
-                    method=edit.method,
-                    container=container,
-                    options=asdict(options),
-                    num_params=method.num_params(component.shape, options),
-                )
-            )
+        options = decode(
+            get_method(edit.method).Options, edit.options, where=f"recipe {recipe.name!r}, options of {edit.method!r}"
+        )
+        selected = select_components(inventory, edit, allow_unmatched=recipe.allow_unmatched, without=recipe.without)
+        chosen += [(edit.method, options, component) for component in selected]
+    fitted = None
+    if budget is not None:
+        chosen, fitted = fit_budget(chosen, budget)
+    sites = [_site(model, entry, inventory, uses) for entry in chosen]
     _refuse_overlap(sites)
-    name = model.config.name_or_path or inventory.model_type
+    _refuse_mixture(sites)
     return Plan(
-        model=name, inventory_digest=inventory.digest, recipe=recipe.name, total=inventory.total, sites=tuple(sites)
+        model=model.config.name_or_path or inventory.model_type,
+        inventory_digest=inventory.digest,
+        recipe=recipe.name,
+        total=inventory.total,
+        sites=tuple(sites),
+        budget=fitted,
     )
 
 
-def _container(model: PreTrainedModel, component: Component, method: Method, inventory: Inventory) -> Container:
+def _site(model: PreTrainedModel, entry: Chosen, inventory: Inventory, uses: Uses) -> Site:
+    name, options, component = entry
+    method = get_method(name)
+    reason = method.refuses(component.shape, options)
+    if reason:
+        raise PlacementError(
+            f"{component.role} in layer {component.layer} ({component.path}): method {name!r} cannot edit it, since "
+            f"{reason}. Change the option, or remove the site."
+        )
+    container = _container(model, component, method, options, inventory)
+    _refuse_dead(component, name, container, uses)
+    return Site(
+        role=component.role,
+        group=component.group,
+        layer=component.layer,
+        path=component.path,
+        rows=component.rows,
+        shape=component.shape,
+        method=name,
+        container=container,
+        options=asdict(options),
+        num_params=method.num_params(component.shape, options),
+    )
+
+
+def _container(
+    model: PreTrainedModel, component: Component, method: Method, options: Any, inventory: Inventory
+) -> Container:
     """PEFT's layer where the whole of an unshared linear layer (or of packed experts) is adapted; else the tensor itself."""
     from torch import nn
 
@@ -188,7 +218,8 @@ def _container(model: PreTrainedModel, component: Component, method: Method, inv
     if component.group == "block":
         return "branch"
     shared = component.path in inventory.tied.values()
-    if not method.in_module or component.rows is not None or shared:
+    as_tensor = not method.in_module or method.needs_tensor(component.shape, options)
+    if as_tensor or component.rows is not None or shared:
         return "tensor"
     owner = model.get_submodule(component.path.rpartition(".")[0])
     if len(component.shape) == 3:
@@ -238,7 +269,7 @@ def _refuse_overlap(sites: list[Site]) -> None:
     taken: dict[str, list[Site]] = {}
     for site in sites:
         for other in taken.setdefault(site.path, []):
-            if _share_rows(site, other):
+            if touches(site.rows, other.rows):
                 methods = f"{other.role} by {other.method!r} and {site.role} by {site.method!r}"
                 raise PlacementError(
                     f"{site.path} is edited twice ({methods}). Keep one edit for each row of a tensor."
@@ -246,7 +277,12 @@ def _refuse_overlap(sites: list[Site]) -> None:
         taken[site.path].append(site)
 
 
-def _share_rows(site: Site, other: Site) -> bool:
-    if site.rows is None or other.rows is None:
-        return True
-    return any(a < d and c < b for a, b in site.rows for c, d in other.rows)
+def _refuse_mixture(sites: list[Site]) -> None:
+    """What PEFT switches for an adapter as a whole must be the same for every site that its layers hold."""
+    methods = sorted({site.method for site in sites if site.container == "module"})
+    if len({str(dict(get_method(method).peft_switches)) for method in methods}) > 1:
+        raise PlacementError(
+            f"one adapter holds {' and '.join(map(repr, methods))} on projections that every path calls, and PEFT's layers "
+            "are one or the other as a whole. Use one of the methods for these sites; row ranges and tensors that are "
+            "read raw may have another."
+        )

@@ -14,9 +14,9 @@ from ssmtune.config import STRICT
 class Edit:
     """Apply `method` with `options` to every component that `select` names.
 
-    `select` entries are groups ("attention"), roles ("ssm.in", "ssm.in.x") or "biases"; `modules` entries are module
-    names as used in target lists ("q_proj"); `layers` restricts either; `share` draws that part of the selected sites at
-    random.
+    `select` entries are groups ("attention"), roles ("ssm.in", "ssm.in.x"), "biases" or "everything"; `modules` entries
+    are module names as used in target lists ("q_proj"); `layers` restricts either; `share` draws that part of the
+    selected sites at random; `if_present` lets the edit select nothing in a model that has no such component.
     """
 
     method: str
@@ -25,16 +25,23 @@ class Edit:
     layers: tuple[int, ...] | None = None
     share: float = pydantic.Field(default=1.0, gt=0, le=1)
     seed: int = 0
+    if_present: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
-    """A named placement and method: what a YAML file under `recipe:` holds."""
+    """A named placement and method: what a YAML file under `recipe:` holds.
+
+    `without` names roles or groups that no edit may touch, with everything below a role ("attn.q" stands for
+    "attn.q.bias" as well): a group leaves them out, and where a tensor holds their rows beside others, those others
+    are edited as rows.
+    """
 
     name: str
     edits: tuple[Edit, ...]
     allow_unmatched: bool = False
+    without: tuple[str, ...] = ()
 
 
 EVERY_PROJECTION = ("attention", "recurrent", "mlp")

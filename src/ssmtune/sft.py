@@ -141,18 +141,22 @@ class EditTrainer(SFTTrainer):
         return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with one group per optimiser group of the edits; only projections decay."""
+        """AdamW with one group per optimiser group of the edits, apart where parts of one decay differently."""
         optimizer: torch.optim.Optimizer | None = vars(self).get("optimizer")
         if optimizer is None:
             config = self.optimizer_config
-            settings = {
-                "lora": {"lr": config.learning_rate, "weight_decay": config.weight_decay},
-                "core": {"lr": config.core_learning_rate, "weight_decay": 0.0},
-                "state": {"lr": config.state_learning_rate, "weight_decay": 0.0},
+            rates = {
+                "lora": config.learning_rate,
+                "core": config.core_learning_rate,
+                "state": config.state_learning_rate,
             }
+            alike: dict[tuple[str, float], list[torch.nn.Parameter]] = {}
+            for group, parameters in self.groups.items():
+                for name, parameter in parameters.items():
+                    alike.setdefault((group, self.adapted.decay_factor(name)), []).append(parameter)
             groups = [
-                {"name": name, "params": list(parameters.values()), **settings[name]}
-                for name, parameters in self.groups.items()
+                {"name": group, "params": members, "lr": rates[group], "weight_decay": factor * config.weight_decay}
+                for (group, factor), members in alike.items()
             ]
             optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=torch.cuda.is_available())
             self.optimizer = optimizer

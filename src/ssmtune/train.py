@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,6 +67,8 @@ class TrainConfig:
     name: str = ""
     lora: LoraOptions = field(default_factory=lambda: LoraOptions(dropout=0.05))
     allow_unmatched: bool = False
+    budget: int | None = pydantic.Field(default=None, ge=1)
+    without: tuple[str, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     seed: int = 0
     num_epochs: float = pydantic.Field(default=3.0, gt=0)
@@ -194,7 +196,8 @@ def make_config_plan(config: TrainConfig, model: Any) -> Plan:
     recipe = config.recipe
     if isinstance(recipe, str):
         recipe = named_recipe(recipe, **asdict(config.lora), seed=config.seed, allow_unmatched=config.allow_unmatched)
-    return make_plan(model, recipe)
+    recipe = replace(recipe, without=(*recipe.without, *config.without))
+    return make_plan(model, recipe, budget=config.budget)
 
 
 def _make_trainer(

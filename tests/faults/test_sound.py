@@ -50,6 +50,14 @@ def test_a_trained_adapter_passes_every_check_and_is_left_bitwise_as_it_was(make
     assert VerifyReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
+@pytest.mark.parametrize("recipe", ["dora", "full", "prodial", "pissa"])
+def test_other_methods_pass(make: Make, run: Run, same_process: None, recipe: str) -> None:
+    adapted = make("all", init="pissa", scaling="rs") if recipe == "pissa" else make(recipe)
+    for name in ("coverage", "frozen", "merge", "moved", "paths_agree", "peft_refuses", "reload"):
+        result = run(name, adapted)
+        assert result.ok, result
+
+
 @pytest.mark.parametrize(
     ("config", "dtype"), [("odd", torch.float32), ("moe", torch.float32), ("dense", torch.bfloat16)]
 )

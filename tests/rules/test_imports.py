@@ -23,7 +23,7 @@ ORDER = (
     {"families", "methods", "tasks", "data", "models", "s4d_model", "llamacpp"},
     {"operations", "virtual_tokens", "base_digest", "branches"},
     {"inventory", "probe"},
-    {"placement"},
+    {"placement", "budget"},
     {"plan"},
     {"peft_layers"},
     {"attach", "adapter_files"},

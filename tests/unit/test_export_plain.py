@@ -262,3 +262,21 @@ def test_hf_holds_an_additional_scan_as_a_larger_state(base: Path, in_process: N
     assert record["check"]["merged_to_adapted"]["max"] < SAME
     config = json.loads((tmp_path / "hf/config.json").read_text(encoding="utf-8"))
     assert config["mamba_d_state"] == load_model(str(base)).config.mamba_d_state + 8
+
+
+def test_pissa_arrives_as_factors_of_twice_the_rank(base: Path, tmp_path: Path, in_process: None) -> None:
+    """The start that is subtracted becomes further rows and columns; the base stays as it is."""
+    options = {"rank": 3, "alpha": 6.0, "init": "pissa", "scaling": "rs"}
+    recipe = Recipe(name="pissa", edits=(Edit(method="lora", select=("attn.q", "ssm.in.x"), options=options),))
+    run = _adapter(base, recipe, tmp_path / "pissa")
+    record = export(ExportConfig(run=str(run), to="peft", out=str(tmp_path / "peft")))
+    assert record["check"]["ok"] and record["check"]["export_to_trained"]["max"] < SAME
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["r"] == 6 and config["init_lora_weights"] is True and not config["use_rslora"]
+
+
+def test_dora_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    run = _adapter(base, "dora", tmp_path / "dora")
+    with pytest.raises(ConfigError, match=r"'dora', which is more than a pair of factors.* --to hf"):
+        export(ExportConfig(run=str(run), to="peft", out=str(tmp_path / "peft")))
+    assert not (tmp_path / "peft").exists()

@@ -7,7 +7,21 @@ import sys
 
 import typer
 
-from ssmtune.cli import bench, demo, doctor, evaluate, export, inspect_model, merge, plan, report, study, train, verify
+from ssmtune.cli import (
+    bench,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    inspect_model,
+    merge,
+    methods,
+    plan,
+    report,
+    study,
+    train,
+    verify,
+)
 from ssmtune.errors import CheckFailed, SsmtuneError
 
 app = typer.Typer(
@@ -22,6 +36,7 @@ app = typer.Typer(
 
 app.command("demo")(demo.demo)
 app.command("inspect")(inspect_model.inspect)
+app.command("methods")(methods.methods)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("verify")(verify.verify)

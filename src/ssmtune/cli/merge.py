@@ -7,7 +7,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from ssmtune.cli.output import make_table, print_result, print_table, quiet_libraries, words
+from ssmtune.cli.output import make_table, print_result, print_table, quiet_libraries, split_list, words
 from ssmtune.errors import ConfigError, nearest
 
 
@@ -16,6 +16,9 @@ def merge(
     out: Annotated[Path, typer.Option(help="Directory to write the merged model to; must not exist.")],
     model: Annotated[str | None, typer.Option(help="The base model, where RUN is an adapter directory.")] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the written weights: float32, bfloat16 or auto.")] = "auto",
+    restore: Annotated[
+        str, typer.Option(help="Roles whose edits are given up, separated by commas: attn.q,attn.k.")
+    ] = "",
     json_output: Annotated[bool, typer.Option("--json", help="Print what was merged as JSON.")] = False,
 ) -> None:
     """Write the merged model, with tokenizer, and say how much of each role's change survives its precision.
@@ -28,7 +31,7 @@ def merge(
 
     if dtype not in get_args(Dtype):
         raise ConfigError(f"--dtype {dtype!r}: {nearest(dtype, get_args(Dtype))}.")
-    result = merge_to(run, out, model=model, dtype=cast(Dtype, dtype))
+    result = merge_to(run, out, model=model, dtype=cast(Dtype, dtype), restore=split_list(restore))
     if json_output:
         print_result(result)
         return

@@ -74,6 +74,11 @@ def print_checks(title: str, checks: Iterable[CheckResult]) -> None:
             )
 
 
+def split_list(value: str) -> tuple[str, ...]:
+    """Return the entries of an option that holds several, separated by commas."""
+    return tuple(entry.strip() for entry in value.split(",") if entry.strip())
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' notices off the screen: what a user has to know, ssmtune says itself."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ssmtune.cli.output import layer_ranges, make_table, print_result, print_table, quiet_libraries, tables
+from ssmtune.cli.output import (
+    layer_ranges,
+    make_table,
+    print_result,
+    print_table,
+    quiet_libraries,
+    split_list,
+    tables,
+)
 
 
 def plan(
@@ -15,6 +24,14 @@ def plan(
     recipe: Annotated[str, typer.Option(help="Name of a recipe, or a YAML file that holds one.")] = "all+core",
     rank: Annotated[int, typer.Option(help="LoRA rank.", min=1)] = 16,
     alpha: Annotated[float, typer.Option(help="LoRA alpha; the factors' product is scaled by alpha / rank.")] = 32.0,
+    scaling: Annotated[str, typer.Option(help="standard, alpha / rank, or rs, alpha / sqrt(rank).")] = "standard",
+    init: Annotated[str, typer.Option(help="default, or pissa: start at the principal singular vectors.")] = "default",
+    budget: Annotated[
+        int | None, typer.Option(help="Trained parameters to fit the rank to; alpha / rank stays.", min=1)
+    ] = None,
+    without: Annotated[
+        str, typer.Option(help="Roles or groups that no edit may touch, separated by commas: attn.q,attn.k.")
+    ] = "",
     seed: Annotated[int, typer.Option(help="Seed of a random placement.")] = 0,
     allow_unmatched: Annotated[bool, typer.Option(help="Go on although target names match nothing.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -35,11 +52,21 @@ def plan(
     chosen: Recipe
     if recipe.endswith((".yaml", ".yml", ".json")) or Path(recipe).is_file():
         chosen = load_yaml(Recipe, recipe)
+        chosen = replace(chosen, without=(*chosen.without, *split_list(without)))
     else:
-        chosen = named_recipe(recipe, rank=rank, alpha=alpha, seed=seed, allow_unmatched=allow_unmatched)
+        chosen = named_recipe(
+            recipe,
+            rank=rank,
+            alpha=alpha,
+            scaling=scaling,
+            init=init,
+            seed=seed,
+            allow_unmatched=allow_unmatched,
+            without=split_list(without),
+        )
     empty = empty_model(model)
     inventory = take_inventory(empty)
-    made = make_plan(empty, chosen, inventory=inventory)
+    made = make_plan(empty, chosen, inventory=inventory, budget=budget)
     if json_output:
         print_result(made.to_dict())
         return
@@ -61,3 +88,9 @@ def plan(
         groups[row["group"]] = [adapted + row["adapted"], sites + row["sites"]]
     parts = [f"{group} {adapted} of {sites}" for group, (adapted, sites) in sorted(groups.items())]
     tables().print(f"Tensors adapted: {', '.join(parts)}.")
+    if made.budget is not None:
+        fitted = made.budget
+        fixed = f", {fitted.fixed:,} of them in edits of a fixed size" if fitted.fixed else ""
+        tables().print(
+            f"Budget {fitted.parameters:,}: size {fitted.size} trains {made.trainable:,}{fixed}; {fitted.left:,} are left."
+        )

@@ -20,7 +20,7 @@ from ssmtune.errors import CheckFailed, ConfigError
 from ssmtune.export.agreement import check_gguf
 from ssmtune.export.base import ExportConfig, Target, refuse_existing, refuse_unmergeable
 from ssmtune.export.converter import convert
-from ssmtune.export.factors import Factors, full_row_factors, saved_factors, stack_factors, uniform_factors
+from ssmtune.export.factors import Factors, alpha_for, full_row_factors, saved_factors, stack_factors, uniform_factors
 from ssmtune.merge import adapter_directory, effective_tensors, merge_to
 from ssmtune.models import load_model, load_tokenizer
 from ssmtune.records import file_sha256
@@ -96,7 +96,7 @@ def low_rank_changes(adapted: AdaptedModel, saved: SavedAdapter) -> dict[str, Fa
         if found is not None:
             rows = base_tensor(adapted.base_model.model, site.path).shape[0]
             full = full_row_factors(site, *found, rows)
-            parts.setdefault(site.path, []).append((*full, float(site.options["alpha"])))
+            parts.setdefault(site.path, []).append((*full, alpha_for(site, full[0])))
     factors = {path: stack_factors(found) for path, found in parts.items()}
     exact = effective_tensors(adapted)
     refused = [site for site in saved.plan.sites if not _is_whole(adapted, site, factors, exact)]

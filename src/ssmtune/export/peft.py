@@ -19,6 +19,7 @@ from ssmtune.export.base import ExportConfig, Target, refuse_existing, refuse_un
 from ssmtune.export.factors import PREFIX, Factors, split_sites
 from ssmtune.export.plain import compare_logits, own_logits, plain_logits, prompt_tokens
 from ssmtune.merge import adapter_directory, effective_tensors
+from ssmtune.methods.lora import effective_alpha
 from ssmtune.models import load_model, load_tokenizer, model_location
 from ssmtune.peft_layers import module_name
 from ssmtune.records import file_sha256, write_bytes, write_json
@@ -134,7 +135,7 @@ def _write(directory: Path, saved: SavedAdapter, factors: Mapping[str, Factors],
         A_rI, _, alpha = next(iter(factors.values()))
         rank = A_rI.shape[0]
     ranks = {s.path: s.options["rank"] for s in packed if s.options["rank"] != rank}
-    alphas = {s.path: s.options["alpha"] for s in packed if s.options["alpha"] != alpha}
+    alphas = {s.path: own for s in packed if (own := effective_alpha(s.options)) != alpha}
     for name, (A_rI, B_Or, own_alpha) in factors.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A_rI.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B_Or.contiguous()

@@ -1,4 +1,4 @@
-"""A whole tensor trained as a change in fp32."""
+"""A whole tensor trained: as a change in fp32, or, for a control, as a copy in its own dtype."""
 
 from __future__ import annotations
 
@@ -25,3 +25,21 @@ class Delta(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """The delta."""
         return {"": self.delta}
+
+
+class InPlace(nn.Module):
+    """The effective tensor is a trained copy in the weight's own dtype."""
+
+    enabled = True
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(weight.detach().clone())
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the trained copy, [*], in the weight's dtype; the weight itself where the edit is switched off."""
+        return self.value if self.enabled else weight
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The copy."""
+        return {"": self.value}

@@ -6,7 +6,7 @@ A method knows roles and shapes, never architectures.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -41,6 +41,9 @@ class TensorEdit(Protocol):
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """What trains, by name; the name is empty where it is one tensor of the base's own shape."""
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the edit needs besides, by name: it is saved with what trains."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -81,7 +84,7 @@ class Method:
     num_params: Callable[[Sequence[int], Any], int]
     """(shape of the site, options) -> trained parameters, exactly."""
     optimizer_group: Literal["lora", "core", "state"]
-    """Which learning rate and clipping it has (`train.OptimizerConfig`); only "lora" decays."""
+    """Which learning rate and clipping it has (`train.OptimizerConfig`)."""
     make_edit: Callable[[torch.Tensor, Rows, Any], torch.nn.Module] | None = None
     make_state: Callable[[Sequence[int], Any], torch.nn.Module] | None = None
     make_branch: Callable[[Sequence[int], Any], torch.nn.Module] | None = None
@@ -93,9 +96,38 @@ class Method:
     """Whether it acts where a sequence begins, and on later steps through the cache alone."""
     needs: str = ""
     """What a model must have for it, where that is not plain from the role; said when it has nothing to edit."""
-    value_kind: Literal["factors", "delta", "absolute"] = "factors"
+    value_kind: Literal["factors", "composed", "delta", "absolute"] = "factors"
+    """"factors": the change is a scaled product B A. "composed": a product and more, which no pair of factors can hold."""
+    size_option: str = ""
+    """Name of the integer option that `num_params` grows with; empty where a site's size is fixed."""
+    refuses: Callable[[Sequence[int], Any], str] = lambda shape, options: ""
+    """(shape of the site, options) -> why these options cannot edit such a site, or the empty string."""
+    needs_tensor: Callable[[Sequence[int], Any], bool] = lambda shape, options: False
+    """Whether a site is edited as a tensor although a module of PEFT's could be put around it."""
+    peft_switches: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of PEFT's config that the method sets for the adapter as a whole."""
+    decay_factor: Callable[[str, str, Any], float] | None = None
+    """(role of the site, name of the trained tensor within it, options) -> multiple of the optimiser's weight decay.
+
+    None is 1 in the optimiser group "lora" and 0 in the others."""
     recipes: Mapping[str, tuple[Edit, ...]] = field(default_factory=dict)
     """Recipes that this method brings, by name."""
+
+
+NOT_OFFERED = {
+    "adalora": (
+        "PEFT keeps the smoothed importances, from which it allocates ranks, out of every state dict, so that a resumed "
+        "run allocates other ranks than an uninterrupted one; it saves fewer rows than it trains, so that no plan made "
+        "beforehand has the count; and it adds its orthogonality loss only to a loss that the model itself computes"
+    )
+}
+"""Methods that are asked for by name and would break what an adapter is held to here, each with the reason."""
+
+
+def refuse_not_offered(name: str) -> None:
+    """Raise `ConfigError` with the reason where `name` is a known method that is not offered."""
+    if name in NOT_OFFERED:
+        raise ConfigError(f"{name!r} is not offered: {NOT_OFFERED[name]}. Use 'lora' with a budget, or 'dora'.")
 
 
 def method_names() -> tuple[str, ...]:
@@ -105,6 +137,7 @@ def method_names() -> tuple[str, ...]:
 
 def get_method(name: str) -> Method:
     """Return the method in the file `name`. Raises `ConfigError` naming the nearest."""
+    refuse_not_offered(name)
     if name not in method_names():
         raise ConfigError(f"method {name!r} does not exist; {nearest(name, method_names())}.")
     return load_constant("ssmtune.methods", name, "METHOD", Method)

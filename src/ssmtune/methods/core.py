@@ -7,25 +7,35 @@ The sum stays fp32 up to the scan.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pydantic
-import torch
-from torch import nn
 
 from ssmtune.config import STRICT
-from ssmtune.methods._delta import Delta
 from ssmtune.methods.base import Method, Rows, num_elements
+from ssmtune.methods.partial import Decay, pull
 from ssmtune.recipe import EVERY_PROJECTION, Edit
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class CoreOptions:
-    """`saved=False` is the control in which the trained core is thrown away at save time."""
+    """`saved=False` is the control in which the trained core is thrown away at save time; `decay` as for `partial`."""
 
     saved: bool = True
+    decay: Decay = "none"
 
 
 def make_delta(weight: torch.Tensor, rows: Rows, options: object) -> nn.Module:
     """Return a zero delta for all of `weight`."""
+    # Imported here: a plan is made, and help printed, without torch.
+    import torch
+
+    from ssmtune.methods._delta import Delta
+
     assert rows is None
     # fp32 up to the scan: rounding to the model's dtype would lose what was trained.
     return Delta(weight, dtype=torch.float32)
@@ -44,8 +54,10 @@ METHOD = Method(
     optimizer_group="core",
     make_edit=make_delta,
     value_kind="delta",
+    decay_factor=lambda role, name, options: pull(role, options.decay),
     recipes={
         "core": (Edit(method="core", select=("core",)),),
+        "core-v2": (Edit(method="core", select=("core",), options={"decay": "v2"}),),
         "control:core-discarded": (
             Edit(method="lora", select=EVERY_PROJECTION),
             Edit(method="core", select=("core",), options={"saved": False}),

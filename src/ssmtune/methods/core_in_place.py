@@ -7,35 +7,22 @@ It is not a way to train a model: recipes reach it only under a name that starts
 from __future__ import annotations
 
 from dataclasses import replace
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ssmtune.methods import core
 from ssmtune.methods.base import Rows
 from ssmtune.methods.core import CoreOptions
 from ssmtune.recipe import EVERY_PROJECTION, Edit
 
-
-class InPlace(nn.Module):
-    """The effective tensor is a trained copy in the weight's own dtype."""
-
-    enabled = True
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.value = nn.Parameter(weight.detach().clone())
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the trained copy, [*], in the weight's dtype; the weight itself where the edit is switched off."""
-        return self.value if self.enabled else weight
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The copy."""
-        return {"": self.value}
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
-def _make_edit(weight: torch.Tensor, rows: Rows, options: CoreOptions) -> InPlace:
+def _make_edit(weight: torch.Tensor, rows: Rows, options: CoreOptions) -> nn.Module:
+    # Imported here: a plan is made, and help printed, without torch.
+    from ssmtune.methods._delta import InPlace
+
     return InPlace(weight)
 
 

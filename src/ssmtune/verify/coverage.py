@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from ssmtune.attach import owner_of
 from ssmtune.inventory import Inventory, coverage_table, take_inventory
+from ssmtune.methods.lora import effective_alpha
 from ssmtune.peft_layers import module_name
 from ssmtune.verify.base import Check, CheckResult, Subject
 from ssmtune.verify.fresh import base_tensors, build_base
@@ -106,7 +107,7 @@ def _factor_fault(layer: LoraLayer, site: Site) -> str:
     found = [tuple(layer.lora_A["default"].weight.shape), tuple(layer.lora_B["default"].weight.shape)]
     if found != [(rank, num_in), (num_out, rank)]:
         return f"{site.role} has factors {found}, the plan says {[(rank, num_in), (num_out, rank)]}"
-    scale = site.options["alpha"] / rank
+    scale = effective_alpha(site.options) / rank
     if layer.scaling["default"] != scale:
         return f"{site.role} is scaled by {layer.scaling['default']}, the plan says alpha / rank = {scale}"
     return ""

@@ -11,6 +11,7 @@ from ssmtune.adapter_files import discarded_paths
 from ssmtune.attach import base_tensor, load, owner_of
 from ssmtune.errors import AttachError
 from ssmtune.merge import merge
+from ssmtune.methods.lora import effective_alpha
 from ssmtune.peft_layers import module_name
 from ssmtune.verify.base import Check, CheckResult, Subject
 from ssmtune.verify.forward import path_logits, relative_difference, tolerance
@@ -92,18 +93,23 @@ def _exact_tensors(adapted: AdaptedModel) -> dict[str, tuple[torch.Tensor, torch
         assert isinstance(layer, LoraLayer)
         weight = layer.get_base_layer().weight.double()
         A_rI, B_Or = (factor["default"].weight.double() for factor in (layer.lora_A, layer.lora_B))
-        scale = site.options["alpha"] / site.options["rank"]
-        exact[site.path] = (weight + scale * (B_Or @ A_rI), weight.abs() + scale * (B_Or.abs() @ A_rI.abs()))
+        scale = effective_alpha(site.options) / site.options["rank"]
+        value, terms = weight + scale * (B_Or @ A_rI), weight.abs() + scale * (B_Or.abs() @ A_rI.abs())
+        if layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector["default"].weight.double()[:, None]
+            ratio = magnitude / torch.linalg.vector_norm(value, dim=1, keepdim=True)
+            value, terms = ratio * value, ratio.abs() * terms
+        exact[site.path] = (value, terms)
     return exact
 
 
 def _edited(edit: Any, site: Site, value: torch.Tensor, terms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`value` and the size of its terms after one more tensor edit."""
     trained = edit.trained()
-    if "lora_B" not in trained:
+    if set(trained) != {"lora_A", "lora_B"} or dict(edit.named_buffers()):
         new: torch.Tensor = edit(value.float()).double()
         return new, terms + new.abs()
-    scale = site.options["alpha"] / site.options["rank"]
+    scale = effective_alpha(site.options) / site.options["rank"]
     change = scale * (trained["lora_B"].double() @ trained["lora_A"].double())
     size = scale * (trained["lora_B"].double().abs() @ trained["lora_A"].double().abs())
     rows = torch.cat([torch.arange(first, end) for first, end in site.rows or ((0, len(value)),)]).to(value.device)

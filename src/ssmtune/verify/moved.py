@@ -60,7 +60,7 @@ def _run(subject: Subject) -> CheckResult:
 
 
 def _has_factors(adapted: AdaptedModel, path: str) -> bool:
-    return any(get_method(s.method).value_kind == "factors" for s in adapted.plan.sites if s.path == path)
+    return any(get_method(s.method).value_kind in ("factors", "composed") for s in adapted.plan.sites if s.path == path)
 
 
 def _share_moved(adapted: AdaptedModel, site: Site) -> float:
