@@ -182,13 +182,10 @@ def write_adapter(path: Path, base: Path, factors: Mapping[str, Factors]) -> str
 
 def _ignored(base: Path, model: Path, factors: Mapping[str, Factors], scratch: Path) -> list[str]:
     """The kinds of tensors on which an adapter of that kind alone leaves llama.cpp at the base's log-probabilities."""
-    kinds: dict[str, dict[str, Factors]] = {}
-    for name, value in factors.items():
-        kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], {})[name] = value
     dead = []
-    for kind, members in kinds.items():
+    for kind in sorted({name.removesuffix(".weight").rpartition(".")[2] for name in factors}):
         path = scratch / f"{kind}.gguf"
-        write_adapter(path, base, members)
+        write_adapter(path, base, {name: value for name, value in factors.items() if name.endswith(f".{kind}.weight")})
         if check_gguf(base, model, type_="f32", lora=path, num_tokens=1)["ok"]:
             dead.append(kind)
     return dead
