@@ -158,6 +158,7 @@ def make_plan(
         for component in select_components(inventory, edit, allow_unmatched=recipe.allow_unmatched):
             container = _container(model, component, method, inventory)
             _refuse_dead(component, edit.method, container, uses)
+            here = options if method.at is None else method.at(component, options)
             sites.append(
                 Site(
                     role=component.role,
@@ -168,8 +169,8 @@ def make_plan(
                     shape=component.shape,
                     method=edit.method,
                     container=container,
-                    options=asdict(options),
-                    num_params=method.num_params(component.shape, options),
+                    options=asdict(here),
+                    num_params=method.num_params(component.shape, here),
                 )
             )
     _refuse_overlap(sites)

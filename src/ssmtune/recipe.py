@@ -14,9 +14,9 @@ from ssmtune.config import STRICT
 class Edit:
     """Apply `method` with `options` to every component that `select` names.
 
-    `select` entries are groups ("attention"), roles ("ssm.in", "ssm.in.x") or "biases"; `modules` entries are module
-    names as used in target lists ("q_proj"); `layers` restricts either; `share` draws that part of the selected sites at
-    random.
+    `select` entries are groups ("attention"), roles ("ssm.in", "ssm.in.x", or "ssm.out|gdn.out" for either of two),
+    "biases", or "allowed" for all that the method can edit; `modules` entries are module names as used in target lists
+    ("q_proj"); `layers` restricts either; `share` draws that part of the selected sites at random.
     """
 
     method: str

@@ -93,7 +93,9 @@ class Method:
     """Whether it acts where a sequence begins, and on later steps through the cache alone."""
     needs: str = ""
     """What a model must have for it, where that is not plain from the role; said when it has nothing to edit."""
-    value_kind: Literal["factors", "delta", "absolute"] = "factors"
+    at: Callable[[Component, Any], Any] | None = None
+    """(component, options) -> the options as they hold there, for methods that do not treat every role alike."""
+    value_kind: Literal["factors", "delta", "absolute", "sparse"] = "factors"
     recipes: Mapping[str, tuple[Edit, ...]] = field(default_factory=dict)
     """Recipes that this method brings, by name."""
 
