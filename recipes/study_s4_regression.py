@@ -28,7 +28,7 @@ from ssmtune.s4d_model import S4DConfig, S4DForCausalLM, register_s4d
 from ssmtune.selection import begin_warm_up, choose_after_warm_up, num_warmup_steps, put
 from ssmtune.stats import Comparison, holm, mean_interval, paired_difference
 
-RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+RATES = (3e-2, 1e-1, 3e-1)
 TUNING_SEEDS = (1000, 1001)
 COMPARISONS = (
     ("sdt", "lora"),
@@ -52,7 +52,7 @@ class Setup:
     states: int = 8
     sequence: int = 32
     batch: int = 16
-    num_steps: int = 500
+    num_steps: int = 400
     warmup_steps: int = 100
     held_out: int = 64
     channel_freeze_ratio: float = 0.5
