@@ -232,9 +232,13 @@ def main() -> None:
     setup = Setup(seeds=arguments.seeds, num_steps=arguments.steps)
     started = time.time()
     declared = {"comparisons": COMPARISONS, "rates": RATES, "tuning_seeds": TUNING_SEEDS}
+    # Before the run: it says which code runs, and under which declaration.
+    record = new_record("synthetic", config={**asdict(setup), **declared})
+    if record["environment"]["dirty"]:
+        record["status"] = "provisional"
     result = run_study(setup)
-    record = new_record("synthetic", config={**asdict(setup), **declared}, **result, seconds=time.time() - started)
-    write_json(arguments.out, record)
+    cpu = time.process_time()
+    write_json(arguments.out, {**record, **result, "seconds": time.time() - started, "cpu_seconds": cpu})
 
 
 if __name__ == "__main__":
