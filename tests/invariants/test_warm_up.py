@@ -132,14 +132,13 @@ def place(events: list[str], name: str, number: int) -> int:
 @pytest.mark.parametrize(
     ("event", "number", "chosen"),
     [
-        # The step after the warm-up's checkpoint; each of its two files; the first and the last step of training.
+        # The step after the warm-up's checkpoint; between its two files; the first and the last step of training.
         ("step", 3, False),
-        ("replace selection.safetensors", 0, False),
         ("replace stage.json", 0, False),
         ("step", NUM_WARM_UP, True),
         ("step", NUM_WARM_UP + 3, True),
     ],
-    ids=["warm-up", "before the selection", "between the files", "first step", "training"],
+    ids=["warm-up", "between the files", "first step", "training"],
 )
 def test_killed_in_either_stage_and_resumed_equals_uninterrupted(
     event: str,
