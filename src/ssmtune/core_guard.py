@@ -9,6 +9,7 @@ give what lies beyond it no gradient, and cost every pass. What the base already
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -74,8 +75,8 @@ class DecayGuard:
             raw = getattr(owner, name).float()
             dt = raw.exp() if is_log else F.softplus(raw)
             # One dt a channel or head; where a head's channels have one each (KDA), all of them stay within the bound.
-            num = len(A_log) if A_log.dim() < 4 else A_log.numel()
-            shape = (num, *[1] * (A_log.dim() - 1)) if A_log.dim() < 4 else tuple(A_log.shape)
+            shape = {1: A_log.shape, 4: A_log.shape}.get(A_log.dim(), (*A_log.shape[:-1], 1))
+            num = math.prod(shape)
             fastest, slowest = (dt.view(num, -1).amax(1).view(shape), dt.view(num, -1).amin(1).view(shape))
             low = ((SLOWEST / slowest).log() - A_log).clamp(max=0)
             high = ((FASTEST / fastest).log() - A_log).clamp(min=0)

@@ -20,8 +20,8 @@ Rate = Callable[..., torch.Tensor]
 
 
 def _selective(A_log: torch.Tensor, dt_bias: torch.Tensor) -> torch.Tensor:
-    """exp(A_log) softplus(dt_bias), A_log [D], [D, N] or [1, 1, D, 1]; a head's dt may differ by channel (KDA)."""
-    A_CN = A_log if A_log.dim() == 2 else A_log.reshape(-1, 1)
+    """exp(A_log) softplus(dt_bias), A_log [D], [D, N], [heads, P, N] or [1, 1, D, 1]; a head's dt may differ by channel (KDA)."""
+    A_CN = A_log.flatten(0, -2) if A_log.dim() in (2, 3) else A_log.reshape(-1, 1)
     return A_CN.exp() * F.softplus(dt_bias.view(len(A_CN), -1))
 
 

@@ -119,7 +119,8 @@ METHOD = Method(
     mergeable=True,
     overhead="none once merged",
     Options=SdtOptions,
-    allows=lambda component: component.role in PARTS,
+    # Zamba's A_log [heads, channels, states] has an axis more than the rule of selection.
+    allows=lambda c: c.role in PARTS and not (c.role in DECAYS and len(c.shape) == 3),
     num_params=_num_params,
     at=_at,
     optimizer_group="core",
