@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN = ROOT / "records/pretrain/tiny-granite-h.json"
 GGUF = ROOT / "records/export/gguf.json"
 STUDY = ROOT / "records/studies/granite/study.json.gz"
+S4_REGRESSION = ROOT / "records/studies/s4-regression.json.gz"
 BENCH = ROOT / "records/bench"
 CPU = BENCH / "operations-cpu.json"
 HANKEL_STEP = BENCH / "hankel-step-cpu.json"
@@ -405,6 +406,66 @@ def tracking_comparisons() -> str:
     return table(headings, rows) + f"\n\n{len(rows)} comparisons; {record['method']}."
 
 
+def s4_setup() -> str:
+    """Sizes of the regression study, as it was run."""
+    record = read_record(S4_REGRESSION, kind="synthetic")
+    rows = [
+        [f"`{key}`", ", ".join(map(str, value)) if isinstance(value, list) else str(value)]
+        for key, value in record["config"].items()
+        if key != "comparisons"
+    ]
+    rows.append(["device", record["environment"]["device"]])
+    rows.append(["time", f"{record['seconds']:.0f} s"])
+    return table(["", ""], rows)
+
+
+def s4_arms() -> str:
+    """Error of each arm of the regression study, in powers of ten and as a factor of the frozen model's."""
+    record = read_record(S4_REGRESSION, kind="synthetic")
+    frozen = record["frozen"]["mean"]
+    rows = [["frozen", "0", "", "", interval_cell(record["frozen"]), "1"]]
+    for name, arm in record["arms"].items():
+        counts = ", ".join(f"{method} {num:,}" for method, num in arm["by_method"].items() if num)
+        factor = f"{10 ** (arm['mean']['mean'] - frozen):.3f}"
+        rows.append([name, f"{arm['trained']:,}", counts, f"{arm['rate']:g}", interval_cell(arm["mean"]), factor])
+    return table(["arm", "trained", "of which", "rate", "log10 error", "error over the frozen model's"], rows)
+
+
+def interval_cell(interval: dict[str, Any]) -> str:
+    """A mean with its interval over seeds."""
+    return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+
+
+def s4_comparisons() -> str:
+    """The declared comparisons of the regression study; the ratio of errors is 10 to the difference."""
+    rows = []
+    for c in read_record(S4_REGRESSION, kind="synthetic")["comparisons"]:
+        ratio = [f"{10 ** c[key]:.2f}" for key in ("difference", "low", "high")]
+        seeds = f"{c['seeds_same_sign']} of {c['seeds_compared']}"
+        verdict = c["verdict"] if c["verdict"] == "no difference" else f"{c['verdict']} error"
+        rows.append(
+            [
+                f"{c['arm']} against {c['baseline']}",
+                f"{ratio[0]} [{ratio[1]}, {ratio[2]}]",
+                seeds,
+                f"{c['p_holm']:.3f}",
+                verdict,
+            ]
+        )
+    return table(["comparison", "ratio of errors", "seeds of that sign", "p (Holm)", "verdict"], rows)
+
+
+def s4_rates() -> str:
+    """log10 error on the tuning seeds by learning rate; the chosen one in bold."""
+    arms = read_record(S4_REGRESSION, kind="synthetic")["arms"]
+    rates = list(next(iter(arms.values()))["rates"])
+    rows = [
+        [name, *(f"**{arm['rates'][r]:.3f}**" if float(r) == arm["rate"] else f"{arm['rates'][r]:.3f}" for r in rates)]
+        for name, arm in arms.items()
+    ]
+    return table(["arm", *rates], rows)
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"headline": study_headline, "families": families},
     "docs/families.md": {"families": families, "roles": roles},
@@ -420,6 +481,12 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "parity": bench_parity,
         "cpu": bench_cpu,
         "cpu-memory": bench_cpu_memory,
+    },
+    "docs/studies/s4-regression.md": {
+        "setup": s4_setup,
+        "arms": s4_arms,
+        "comparisons": s4_comparisons,
+        "rates": s4_rates,
     },
     "docs/studies/granite.md": {"study": study_tables, "core": core_movement},
     "docs/methods/hankel.md": {"hankel-step": hankel_step},

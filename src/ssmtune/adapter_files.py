@@ -27,11 +27,13 @@ from ssmtune.errors import AdapterMismatch, PlanMismatch
 from ssmtune.methods.base import get_method
 from ssmtune.plan import Plan
 from ssmtune.records import file_sha256, write_bytes, write_json
+from ssmtune.selection import put, sparse_edits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ssmtune.attach import AdaptedModel
+    from ssmtune.methods._sparse import Sparse
 
 FORMAT = 1
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -62,6 +64,7 @@ def write(adapted: AdaptedModel, directory: Path, *, step: int, run_id: str, dis
     factors = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(adapted).items()}
     dropped = discarded_paths(adapted.plan) if discard else set()
     extras = {name: p.detach().cpu().contiguous() for name, p in _kept(adapted, dropped).items()}
+    extras |= {f"{key}.index": edit.index.cpu() for key, edit in _chosen(adapted).items()}
     # An older directory is invalid from here until its new ssmtune.json exists.
     (directory / OUR_CONFIG).unlink(missing_ok=True)
     write_bytes(directory / PEFT_TENSORS, save(factors, metadata={"format": "pt"}))
@@ -92,6 +95,11 @@ def _kept(adapted: AdaptedModel, dropped: Collection[str]) -> dict[str, torch.Te
     """What the tensor edits train or need and is saved, by the name it has in the file."""
     held: dict[str, torch.Tensor] = {**adapted.edit_parameters(), **adapted.edit_constants()}
     return {name: value for name, value in held.items() if name not in dropped}
+
+
+def _chosen(adapted: AdaptedModel) -> dict[str, Sparse]:
+    """The sparse edits, by key, but for those that are warming up and have no entries of their own."""
+    return {key: edit for key, edit in sparse_edits(adapted.edits).items() if edit.stage != "warming up"}
 
 
 def _peft_config(adapted: AdaptedModel, extras: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -171,9 +179,18 @@ def fill(adapted: AdaptedModel, saved: SavedAdapter) -> None:
     expected = get_peft_model_state_dict(adapted)
     _check_keys(saved, PEFT_TENSORS, {k: tuple(v.shape) for k, v in expected.items()}, saved.peft_tensors)
     kept = _kept(adapted, saved.discarded)
+    chosen = _chosen(adapted)
     shapes = {name: tuple(parameter.shape) for name, parameter in kept.items()}
+    shapes |= {f"{key}.index": tuple(edit.index.shape) for key, edit in chosen.items()}
     _check_keys(saved, OUR_TENSORS, shapes, saved.our_tensors)
+    for key, edit in chosen.items():
+        fault = edit.fault_of(saved.our_tensors[f"{key}.index"])
+        if fault:
+            raise AdapterMismatch(
+                f"{saved.directory / OUR_TENSORS}: {key}.index {fault}. The directory was altered; use another checkpoint."
+            )
     set_peft_model_state_dict(adapted, dict(saved.peft_tensors))
+    put(adapted.edits, {key: saved.our_tensors[f"{key}.index"] for key in chosen})
     with torch.no_grad():
         for name, parameter in kept.items():
             parameter.copy_(saved.our_tensors[name])

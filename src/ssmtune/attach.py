@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 from peft import PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -25,6 +26,7 @@ from ssmtune.operations import install_operations
 from ssmtune.ops.seam import Call
 from ssmtune.peft_layers import lora_config, settle_magnitudes, tuner_for_every_projection, unwrap
 from ssmtune.plan import Plan, Site
+from ssmtune.selection import choose_at_attach
 from ssmtune.virtual_tokens import install_virtual_tokens
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class AdaptedModel(PeftModelForCausalLM):
             if any(site.container == "branch" for site in plan.sites):
                 object.__setattr__(self, "_branches", BranchHooks(model, find_family(model.config.model_type)[1]))
                 _apply_branches(model, plan, self.edits, self._branches)
+            choose_at_attach(plan, self.edits, lambda site: _site_tensor(model, site))
         except BaseException:
             self._take_off(model)
             raise
@@ -265,8 +268,7 @@ def _apply_edits(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit
             continue
         method = get_method(site.method)
         assert method.make_edit is not None
-        owner, name = owner_of(model, site.path)
-        weight = getattr(owner, name)
+        weight = base_tensor(model, site.path)
         options = decode(method.Options, site.options, where=f"plan, {site.path}")
         edit = method.make_edit(weight, site.rows, options).to(weight.device)
         edits[site.key] = cast(TensorEdit, edit)
@@ -331,6 +333,12 @@ def base_tensor(model: nn.Module, path: str) -> nn.Parameter:
         return original
     tensor: nn.Parameter = getattr(owner, name)
     return tensor
+
+
+def _site_tensor(model: nn.Module, site: Site) -> torch.Tensor:
+    """The rows of the untouched base tensor that a site edits."""
+    tensor = base_tensor(model, site.path).detach()
+    return tensor if site.rows is None else torch.cat([tensor[first:end] for first, end in site.rows])
 
 
 def load(base_model: PreTrainedModel, directory: str | Path, *, trainable: bool = False) -> AdaptedModel:

@@ -2,38 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from ssmtune.attach import base_tensor, owner_of
+from ssmtune.families.base import find_family
+from ssmtune.inventory import take_inventory
+from ssmtune.models import weightless
 
 if TYPE_CHECKING:
     from ssmtune.attach import AdaptedModel
+
+Rate = Callable[..., torch.Tensor]
+
+
+def _selective(A_log: torch.Tensor, dt_bias: torch.Tensor) -> torch.Tensor:
+    """exp(A_log) softplus(dt_bias), A_log [D], [D, N], [heads, P, N] or [1, 1, D, 1]; a head's dt may differ by channel (KDA)."""
+    A_CN = A_log.flatten(0, -2) if A_log.dim() in (2, 3) else A_log.reshape(-1, 1)
+    return A_CN.exp() * F.softplus(dt_bias.view(len(A_CN), -1))
+
+
+def _real_part(log_A_real: torch.Tensor, log_dt: torch.Tensor) -> torch.Tensor:
+    return (log_A_real + log_dt[:, None]).exp()
+
+
+def _lru(Lambda: torch.Tensor, gate_bias: torch.Tensor) -> torch.Tensor:
+    return 8 * F.softplus(Lambda) * gate_bias.flatten().sigmoid()
+
+
+def _fixed(time_decay: torch.Tensor) -> torch.Tensor:
+    return time_decay.exp()
+
+
+RATES: Mapping[tuple[str, ...], Rate] = {
+    ("ssm.A_log", "ssm.dt_bias"): _selective,
+    ("gdn.A_log", "gdn.dt_bias"): _selective,
+    ("ssm.log_A_real", "ssm.log_dt"): _real_part,
+    ("lru.Lambda", "lru.recurrent_gate_bias"): _lru,
+    ("rwkv.time_decay",): _fixed,
+}
+"""Roles of a layer -> rate at which its states decay per token where the input adds nothing, -log a, for each state."""
 
 
 def describe_core(adapted: AdaptedModel) -> list[dict[str, Any]]:
     """Return one entry per core tensor of the plan: layer, tensor, elements, share moved, mean and largest |delta|.
 
     `survives_bf16` is the share of moved elements that still differ from the base after rounding to bf16.
-    `horizon_before` and `horizon_after` are the median over heads of tau = 1 / (exp(A_log) softplus(dt_bias)), in
-    tokens: after tau steps at zero input to dt, a state has decayed to 1/e.
+    `horizon_before` and `horizon_after` are the median over the layer's states of tau, the tokens after which a state
+    has decayed to 1/e where the input adds nothing: for A_log and dt_bias, tau = 1 / (exp(A_log) softplus(dt_bias)),
+    before any limit on the step (`RATES` has the other recurrences); None for a layer without a decay of its own.
     """
     report = []
-    horizons: dict[int | None, tuple[float, float]] = {}
     with torch.no_grad():
+        horizons = _horizons(adapted)
         for site in adapted.plan.sites:
             if site.group != "core":
                 continue
-            if site.layer not in horizons:
-                horizons[site.layer] = _horizons(adapted, site.path)
             base, value = _base_and_value(adapted, site.path)
             delta = (value - base).abs()
             moved = delta > 0
             survives = (value.bfloat16() != base.bfloat16()) & moved
             num_moved = int(moved.sum())
-            before, after = horizons[site.layer]
+            before, after = horizons.get(site.layer, (None, None))
             report.append(
                 {
                     "layer": site.layer,
@@ -69,9 +102,26 @@ def _base_and_value(adapted: AdaptedModel, path: str) -> tuple[torch.Tensor, tor
     return base_tensor(model, path).float(), getattr(owner, name).float()
 
 
-def _horizons(adapted: AdaptedModel, path: str) -> tuple[float, float]:
-    parent = path.rsplit(".", 1)[0]
-    A_log = _base_and_value(adapted, f"{parent}.A_log")
-    dt_bias = _base_and_value(adapted, f"{parent}.dt_bias")
-    before, after = (float((1 / (a.exp() * F.softplus(b))).median()) for a, b in zip(A_log, dt_bias, strict=True))
-    return before, after
+def _horizons(adapted: AdaptedModel) -> dict[int | None, tuple[float, float]]:
+    """Median tau of every layer with a decay of its own, before and after."""
+    config = adapted.base_model.model.config
+    inventory = take_inventory(weightless(config))
+    needed = {role for roles in RATES for role in roles}
+    paths = {(c.layer, c.role): c.path for c in inventory.components if c.role in needed}
+    bound = find_family(config.model_type)[1].decay_bound(config.get_text_config())
+    horizons = {}
+    for layer in {layer for layer, _ in paths}:
+        for roles, rate in RATES.items():
+            if (layer, roles[0]) not in paths:
+                continue
+            pairs = [_base_and_value(adapted, paths[layer, role]) for role in roles]
+            rates = [_bounded(values, bound) if bound else rate(*values) for values in zip(*pairs, strict=True)]
+            before, after = (float((1 / found).median()) for found in rates)
+            horizons[layer] = (before, after)
+    return horizons
+
+
+def _bounded(values: tuple[torch.Tensor, ...], bound: float) -> torch.Tensor:
+    """The rate of a gate whose log decay is bound * sigmoid(exp(A_log) (input + dt_bias)), `bound` < 0."""
+    A_log, dt_bias = values
+    return -bound * (A_log.flatten().exp()[:, None] * dt_bias.view(A_log.numel(), -1)).sigmoid()

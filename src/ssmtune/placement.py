@@ -51,8 +51,9 @@ def named_recipe(
 ) -> Recipe:
     """Return the recipe of that name. Raises `ConfigError` naming the nearest.
 
-    `rank`, `alpha`, `dropout`, `scaling` and `init` go to every edit whose method has such an option and for which the
-    recipe does not fix it; `scaling` and `init` are refused where no edit takes them. `seed` draws a random placement.
+    `rank`, `alpha`, `dropout`, `scaling`, `init` and `seed` go to every edit whose method has such an option and for which
+    the recipe does not fix it; `scaling` and `init` are refused where no edit takes them. `seed` also draws a random
+    placement.
 
     >>> [edit.method for edit in named_recipe("all+core").edits]
     ['lora', 'core']
@@ -63,7 +64,7 @@ def named_recipe(
         raise ConfigError(
             f"recipe {name!r} does not exist; {nearest(name, recipes)}. A YAML file can hold one of your own."
         )
-    given = {"rank": rank, "alpha": alpha, "dropout": dropout, "scaling": scaling, "init": init}
+    given = {"rank": rank, "alpha": alpha, "dropout": dropout, "scaling": scaling, "init": init, "seed": seed}
     edits, taken = [], set()
     for edit in recipes[name]:
         known = {field.name for field in fields(get_method(edit.method).Options)}
@@ -180,8 +181,16 @@ def _by_group_or_role(inventory: Inventory, usable: Sequence[Component], entry: 
         return [c for c in usable if c.rows is None]
     if entry == "biases":
         return [c for c in usable if c.role.endswith(".bias") and c.rows is None]
-    found = [c for c in usable if c.role == entry]
-    if not found and any(c.role == entry for c in inventory.everything):
+    if entry == "allowed":
+        if not usable:
+            raise PlacementError(
+                f"method {method!r} has nothing to edit in this {inventory.model_type}. It trains: "
+                f"{get_method(method).summary} 'ssmtune inspect MODEL' lists every role."
+            )
+        return list(usable)
+    either = entry.split("|")
+    found = [c for c in usable if c.role in either]
+    if not found and any(c.role in either for c in inventory.everything):
         allowed = ", ".join(sorted({c.role for c in usable}))
         raise PlacementError(
             f"role {entry!r} exists in this {inventory.model_type} but method {method!r} cannot edit it; "

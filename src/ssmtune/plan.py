@@ -161,11 +161,13 @@ def make_plan(
     uses = probe(model)
     chosen: list[Chosen] = []
     for edit in recipe.edits:
-        options = decode(
-            get_method(edit.method).Options, edit.options, where=f"recipe {recipe.name!r}, options of {edit.method!r}"
-        )
-        selected = select_components(inventory, edit, allow_unmatched=recipe.allow_unmatched, without=recipe.without)
-        chosen += [(edit.method, options, component) for component in selected]
+        method = get_method(edit.method)
+        options = decode(method.Options, edit.options, where=f"recipe {recipe.name!r}, options of {edit.method!r}")
+        for component in select_components(
+            inventory, edit, allow_unmatched=recipe.allow_unmatched, without=recipe.without
+        ):
+            here = options if method.at is None else method.at(component, options)
+            chosen.append((edit.method, here, component))
     fitted = None
     if budget is not None:
         chosen, fitted = fit_budget(chosen, budget)

@@ -14,9 +14,10 @@ from ssmtune.config import STRICT
 class Edit:
     """Apply `method` with `options` to every component that `select` names.
 
-    `select` entries are groups ("attention"), roles ("ssm.in", "ssm.in.x"), "biases" or "everything"; `modules` entries
-    are module names as used in target lists ("q_proj"); `layers` restricts either; `share` draws that part of the
-    selected sites at random; `if_present` lets the edit select nothing in a model that has no such component.
+    `select` entries are groups ("attention"), roles ("ssm.in", "ssm.in.x", or "ssm.out|gdn.out" for either of two),
+    "biases", "everything", or "allowed" for all that the method can edit, row ranges among it; `modules` entries are
+    module names as used in target lists ("q_proj"); `layers` restricts either; `share` draws that part of the selected
+    sites at random; `if_present` lets the edit select nothing in a model that has no such component.
     """
 
     method: str

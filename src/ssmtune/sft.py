@@ -16,6 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
 
 from ssmtune import adapter_files
+from ssmtune.core_guard import DecayGuard
 from ssmtune.packing import PackedCollator
 from ssmtune.records import file_sha256, write_json
 from ssmtune.watch import ProgressBar, Watch
@@ -29,13 +30,18 @@ COMPLETE = "complete.json"
 PREFIX = "checkpoint-"
 
 
-def make_sft_config(config: TrainConfig, num_steps: int, dtype: torch.dtype) -> SFTConfig:
-    """TRL's settings for a training config of `num_steps` optimiser steps: evaluated and saved at the same steps."""
+def make_sft_config(
+    config: TrainConfig, num_steps: int, dtype: torch.dtype, *, directory: Path, warming_up: bool = False
+) -> SFTConfig:
+    """TRL's settings for a training config of `num_steps` optimiser steps, with checkpoints below `directory`.
+
+    Evaluated and saved at the same steps. A warm-up is not evaluated, and its learning rate does not decay.
+    """
     cuda = torch.cuda.is_available()
     every = max(1, -(-num_steps // config.num_evaluations))
     optimizer = config.optimizer
     return SFTConfig(
-        output_dir=str(Path(config.output_dir) / "checkpoints"),
+        output_dir=str(directory / "checkpoints"),
         report_to=[],
         seed=config.seed,
         data_seed=config.seed,
@@ -44,7 +50,7 @@ def make_sft_config(config: TrainConfig, num_steps: int, dtype: torch.dtype) -> 
         per_device_eval_batch_size=config.rows_per_step,
         gradient_accumulation_steps=config.num_accumulated,
         learning_rate=optimizer.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="constant_with_warmup" if warming_up else "cosine",
         warmup_steps=round(optimizer.warmup_share * num_steps),
         weight_decay=optimizer.weight_decay,
         # Clipping is ours (`on_pre_optimizer_step`): the trainer knows one norm for all parameters only.
@@ -53,7 +59,7 @@ def make_sft_config(config: TrainConfig, num_steps: int, dtype: torch.dtype) -> 
         fp16=False,
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        eval_strategy="steps",
+        eval_strategy="no" if warming_up else "steps",
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
@@ -101,6 +107,7 @@ class EditTrainer(SFTTrainer):
         )
         self.adapted = adapted
         self.groups = grouped_parameters(adapted)
+        self.guard = DecayGuard(adapted)
         self.tokens_seen = 0
         # `compute_loss` divides by the tokens of the whole step, so accumulated micro-batches simply add up.
         self.loss_is_scaled_for_ga = True
@@ -200,6 +207,16 @@ class EditTrainer(SFTTrainer):
             shutil.rmtree(path)
             removed.append(path)
         return None, removed
+
+    def is_last(self, checkpoint: Path) -> bool:
+        """Whether the checkpoint is of the run's last step; its adapter is then in the model, and nothing is left to train.
+
+        The trainer would take one step more: it looks for its end only after a step.
+        """
+        if int(checkpoint.name.removeprefix(PREFIX)) < self.args.max_steps:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        return True
 
     def best_step(self) -> int:
         """The evaluated step with the lowest validation loss; the current step when none was evaluated."""

@@ -3,6 +3,7 @@
 RUN/run.json            the record: config, plan, history, movement of the core, verify result
 RUN/adapter/            the trained adapter (the best checkpoint, both halves of one step)
 RUN/checkpoints/        resumable states, each vouched for by a complete.json that is written last
+RUN/warmup/             only where the recipe asks for a warm-up: its selection and checkpoints (`warmup`)
 RUN/logs/               TensorBoard
 """
 
@@ -31,6 +32,8 @@ from ssmtune.records import digest, new_record, read_record, write_json
 from ssmtune.training_data import DataConfig, TrainingData, prepare_data
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ssmtune.attach import AdaptedModel
     from ssmtune.sft import EditTrainer
 
@@ -116,18 +119,22 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
         verify=None,
     )
     write_json(run_dir / RECORD, record)
-    trainer = _make_trainer(config, adapted, data, record, progress)
     try:
         with _full_disk_is_named(run_dir):
+            adapted, stages = _warmed_up(config, adapted, data, record, progress, on_message)
+            trainer = _make_trainer(config, adapted, data, record, progress)
             _run(trainer, on_message)
+            trainer.restore_best()
             adapted.save_pretrained(run_dir / "adapter", step=trainer.restored_step, run_id=record["run_id"])
             finished = record | {
                 "status": "provisional" if record["environment"]["dirty"] else "done",
                 "history": trainer.history,
                 "eval_history": trainer.eval_history,
                 "restored_step": trainer.restored_step,
+                "stages": [*stages, {"name": "training", "num_steps": trainer.args.max_steps}],
                 "core": describe_core(adapted),
                 "gates": describe_gates(adapted),
+                "core_held": trainer.guard.num_held,
                 "survival": survival(adapted),
                 "seconds": time.time() - started,
                 "peak_memory_bytes": peak_memory(),
@@ -175,13 +182,41 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _adapted_model(config: TrainConfig) -> AdaptedModel:
+    model = load_model(config.model, dtype=training_dtype(config.dtype))
+    return _attach_seeded(model, make_config_plan(config, model), config.seed)
+
+
+def _attach_seeded(model: PreTrainedModel, plan: Plan, seed: int) -> AdaptedModel:
+    """Attach the plan with the adapters that the seed starts from."""
     from transformers import set_seed
 
     from ssmtune.attach import attach
 
-    model = load_model(config.model, dtype=training_dtype(config.dtype))
-    set_seed(config.seed)
-    return attach(model, make_config_plan(config, model))
+    set_seed(seed)
+    return attach(model, plan)
+
+
+def _warmed_up(
+    config: TrainConfig,
+    adapted: AdaptedModel,
+    data: TrainingData,
+    record: dict[str, Any],
+    progress: bool,
+    on_message: Callable[[str], None],
+) -> tuple[AdaptedModel, list[dict[str, Any]]]:
+    """The adapted model with every choice made that its plan leaves to a warm-up, and the stages that took."""
+    from ssmtune.warmup import choose_by_warm_up
+
+    directory = Path(config.output_dir) / "warmup"
+    return choose_by_warm_up(
+        adapted,
+        directory,
+        attach_again=lambda base: _attach_seeded(base, adapted.plan, config.seed),
+        make_trainer=lambda warming, num_steps: _make_trainer(
+            config, warming, data, record, progress, num_warmup_steps=num_steps, directory=directory
+        ),
+        run=lambda trainer: _run(trainer, on_message),
+    )
 
 
 def training_dtype(dtype: Dtype) -> Dtype:
@@ -201,16 +236,30 @@ def make_config_plan(config: TrainConfig, model: Any) -> Plan:
 
 
 def _make_trainer(
-    config: TrainConfig, adapted: AdaptedModel, data: TrainingData, record: dict[str, Any], progress: bool
+    config: TrainConfig,
+    adapted: AdaptedModel,
+    data: TrainingData,
+    record: dict[str, Any],
+    progress: bool,
+    *,
+    num_warmup_steps: int = 0,
+    directory: Path | None = None,
 ) -> EditTrainer:
+    """The trainer of a run, or, with a number of steps, of its warm-up below `directory`."""
     # TRL and transformers are imported here so that reading a config does not load them.
     from ssmtune.sft import EditTrainer, make_sft_config
 
     steps_per_epoch = -(-len(data.train) // (config.rows_per_step * config.num_accumulated))
-    num_steps = config.max_steps or max(1, round(steps_per_epoch * config.num_epochs))
+    num_steps = num_warmup_steps or config.max_steps or max(1, round(steps_per_epoch * config.num_epochs))
     return EditTrainer(
         adapted,
-        make_sft_config(config, num_steps, adapted.base_model.model.dtype),
+        make_sft_config(
+            config,
+            num_steps,
+            adapted.base_model.model.dtype,
+            directory=directory or Path(config.output_dir),
+            warming_up=num_warmup_steps > 0,
+        ),
         data,
         optimizer_config=config.optimizer,
         run_id=record["run_id"],
@@ -224,11 +273,12 @@ def _run(trainer: EditTrainer, on_message: Callable[[str], None]) -> None:
         on_message(f"{path}: incomplete checkpoint (saving was interrupted), removed.")
     if checkpoint is not None:
         on_message(f"Continuing from {checkpoint}.")
+        if trainer.is_last(checkpoint):
+            return
     with warnings.catch_warnings():
         # The order of data is replayed on resume; torch warns about state it cannot see.
         warnings.simplefilter("ignore")
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.restore_best()
 
 
 @contextmanager

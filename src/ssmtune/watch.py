@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Watch(TrainerCallback):
-    """Clips each optimiser group, stops on anything not finite or dead, and keeps the history."""
+    """Clips each optimiser group, stops on anything not finite or dead, holds A_log in bounds, and keeps the history."""
 
     def __init__(self, trainer: EditTrainer) -> None:
         self.trainer = trainer
@@ -47,6 +47,9 @@ class Watch(TrainerCallback):
             norm = joint if config.clip == "joint" else self.norms[name]
             if norm > config.clip_norm:
                 torch._foreach_mul_(_gradients(parameters), config.clip_norm / norm)
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.guard.apply()
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         logs = logs or {}

@@ -3,54 +3,28 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
+import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from invariants.conftest import Runner
 from invariants.micro import losses, micro_run, train_micro
 
 from ssmtune import adapter_files, sft
 from ssmtune.attach import load
 from ssmtune.errors import TrainingFailed
 from ssmtune.models import load_model
-from ssmtune.records import read_record
-
-Runner = Callable[..., dict[str, Any]]
+from ssmtune.records import read_record, write_json
 
 STEPS = {"max_steps": 9, "num_evaluations": 3, "lora": {"rank": 2, "alpha": 4.0, "dropout": 0.2}}
 """Saved at 3, 6 and 9; with dropout, so that a lost state of the random numbers shows."""
-
-
-@pytest.fixture(scope="module")
-def run_child() -> Iterator[Runner]:
-    """Ask the process in killable.py to train in a child of its own."""
-    script = Path(__file__).with_name("killable.py")
-    process = subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdin and process.stdout and process.stderr
-    assert json.loads(process.stdout.readline()) == "ready"
-
-    def ask(config: dict[str, Any], kill_at: int | None = None) -> dict[str, Any]:
-        assert process.stdin and process.stdout
-        process.stdin.write(json.dumps({"config": config, "kill_at": kill_at}) + "\n")
-        process.stdin.flush()
-        answer: dict[str, Any] = json.loads(process.stdout.readline())
-        return answer
-
-    yield ask
-    process.stdin.close()
-    process.wait(timeout=30)
-    process.stdout.close()
-    process.stderr.close()
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +80,17 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(
         resumed += any("Continuing" in message for message in again["messages"])
         assert_same_outcome(tmp_path / f"{kill_at}", uninterrupted["output"])
     assert resumed >= 3, "hardly any run was continued from a checkpoint"
+
+
+def test_cut_short_after_the_last_step_trains_no_other(micro_model: Path, micro_data: Path, tmp_path: Path) -> None:
+    """The last checkpoint is there and the adapter is not; four steps end inside an epoch, which could go on."""
+    settings = micro_run(micro_model, micro_data, tmp_path / "run")
+    record = train_micro(settings)
+    write_json(tmp_path / "run/run.json", record | {"status": "aborted"})
+    adapter = (tmp_path / "run/adapter" / adapter_files.PEFT_TENSORS).read_bytes()
+    shutil.rmtree(tmp_path / "run/adapter")
+    assert losses(train_micro(settings)) == losses(record)
+    assert (tmp_path / "run/adapter" / adapter_files.PEFT_TENSORS).read_bytes() == adapter
 
 
 def test_killed_again_while_resuming(

@@ -320,3 +320,13 @@ def test_record_tells_what_happened(micro_model: Path, micro_data: Path, tmp_pat
     assert train_micro(settings) == record
     with pytest.raises(ConfigError, match=r"another config \(differs in seed\)"):
         train_micro(settings | {"seed": 7})
+
+
+def test_a_rate_that_would_kill_states_is_held_back(micro_model: Path, micro_data: Path, tmp_path: Path) -> None:
+    """Steps of 20 in A_log would end at decays of e^20 a token; the guard acts after every one of them, and says so."""
+    optimizer = {"core_learning_rate": 20.0}
+    recipe = {"name": "decays", "edits": [{"method": "core", "select": ["ssm.A_log"]}]}
+    record = train_micro(micro_run(micro_model, micro_data, tmp_path / "run", recipe=recipe, optimizer=optimizer))
+    assert record["core_held"] > 0
+    deltas = {name: v for name, v in trained_tensors(tmp_path / "run/adapter").items() if name.endswith("A_log")}
+    assert deltas and all(float(value.abs().max()) < 20 for value in deltas.values())

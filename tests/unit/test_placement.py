@@ -225,3 +225,19 @@ def test_share_is_a_share_in_model_order(share: float, seed: int) -> None:
     assert len(found) == max(1, round(share * len(every)))
     assert found == [c for c in every if c in found]
     assert found == select_components(inventory(), edit, allow_unmatched=False)
+
+
+def test_either_of_two_roles_is_selected_where_it_is() -> None:
+    edit = Edit(method="lora", select=("ssm.out|gdn.out",))
+    for family, config, role in (("granite_hybrid", "dense", "ssm.out"), ("qwen3_5", "dense", "gdn.out")):
+        chosen = select_components(inventory(family, config), edit, allow_unmatched=False)
+        assert {c.role for c in chosen} == {role}
+    with pytest.raises(PlacementError, match=r"matches 'ssm.out\|gdn.out'"):
+        select_components(inventory("llama", "dense"), edit, allow_unmatched=False)
+
+
+def test_allowed_is_all_that_the_method_can_edit() -> None:
+    found = inventory()
+    chosen = select_components(found, Edit(method="sdt", select=("allowed",)), allow_unmatched=False)
+    assert chosen == [c for c in found.everything if get_method("sdt").allows(c)]
+    assert {c.role for c in chosen} == {"ssm.A_log", "ssm.in.dt"}

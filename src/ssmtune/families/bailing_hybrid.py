@@ -75,6 +75,7 @@ FAMILY = Family(
     states=kda_states,
     entry_rows=entry_rows(["q_proj", "k_proj", "v_proj", "b_proj", "forget_gate.f_proj"]),
     prepare_packed=prepare_packed_hybrid,
+    decay_bound=lambda config: config.kda_lower_bound if config.kda_safe_gate else None,
     tiny_configs=_tiny_configs,
     claims=(
         *CLAIMS,

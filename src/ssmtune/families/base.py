@@ -93,6 +93,8 @@ class Family:
 
     Where layers hand keyword arguments on, `{"seq_idx": seq_idx}` reaches the recurrent modules; where they only hand
     a mask on, `packing.mark_documents` makes one that carries `seq_idx`."""
+    decay_bound: Callable[[Any], float | None] = lambda config: None
+    """The least log decay per token where a sigmoid bounds it; None where the recurrence has no such gate."""
     tiny_configs: Callable[[], Mapping[str, Any]] = field(default=dict)
     """Small configs for the contract tests, by name; they cover the architecture's variants."""
 

@@ -96,7 +96,9 @@ class Method:
     """Whether it acts where a sequence begins, and on later steps through the cache alone."""
     needs: str = ""
     """What a model must have for it, where that is not plain from the role; said when it has nothing to edit."""
-    value_kind: Literal["factors", "composed", "delta", "absolute"] = "factors"
+    at: Callable[[Component, Any], Any] | None = None
+    """(component, options) -> the options as they hold there, for methods that do not treat every role alike."""
+    value_kind: Literal["factors", "composed", "delta", "absolute", "sparse"] = "factors"
     """"factors": the change is a scaled product B A. "composed": a product and more, which no pair of factors can hold."""
     size_option: str = ""
     """Name of the integer option that `num_params` grows with; empty where a site's size is fixed."""

@@ -261,7 +261,8 @@ def _gates(collection: Collection, figures: _Figures) -> list[dict[str, Any]]:
 
 
 def _core_row(tensor: str, arm: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    before, after = (float(np.median([row[key] for row in rows])) for key in ("horizon_before", "horizon_after"))
+    known = [(row["horizon_before"], row["horizon_after"]) for row in rows if row["horizon_before"] is not None]
+    before, after = np.median(known, axis=0) if known else (None, None)
     return {
         "arm": arm,
         "tensor": tensor,
@@ -270,7 +271,7 @@ def _core_row(tensor: str, arm: str, rows: Sequence[Mapping[str, Any]]) -> dict[
         "survives": text.metric_text(_mean(rows, "survives_bf16"), percent=True),
         "mean": text.number_text(_mean(rows, "mean_abs_delta")),
         "max": text.number_text(max(float(row["max_abs_delta"]) for row in rows)),
-        "horizon": f"{text.number_text(before)} to {text.number_text(after)}",
+        "horizon": f"{text.number_text(before)} to {text.number_text(after)}" if known else "-",
     }
 
 

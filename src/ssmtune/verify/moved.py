@@ -8,6 +8,7 @@ import torch
 
 from ssmtune.attach import base_tensor
 from ssmtune.merge import survival_report
+from ssmtune.methods._sparse import Sparse
 from ssmtune.methods.base import get_method
 from ssmtune.verify.base import Check, CheckResult, Subject
 
@@ -31,7 +32,7 @@ def _run(subject: Subject) -> CheckResult:
         survivals = survival_report(adapted)
         low_rank = {s.path: s.changed for s in survivals if _has_factors(adapted, s.path)}
         core = {
-            site.path: _share_moved(adapted, site)
+            site.key: _share_moved(adapted, site)
             for site in adapted.plan.sites
             if site.container != "module" and not _has_factors(adapted, site.path)
         }
@@ -41,11 +42,12 @@ def _run(subject: Subject) -> CheckResult:
     survives = {s.path: s.survives for s in survivals}
     parts = [f"{num_moved} of {len(low_rank)} low-rank sites changed their weight"] if low_rank else []
     if core:
-        sizes = {site.path: site.num_params for site in adapted.plan.sites if site.path in core}
-        overall = sum(share * sizes[path] for path, share in core.items()) / sum(sizes.values())
+        sizes = {site.key: site.num_params for site in adapted.plan.sites if site.key in core}
+        overall = sum(share * sizes[key] for key, share in core.items()) / sum(sizes.values())
         parts.append(f"{overall:.1%} of the core's elements moved")
-    for label, paths in (("low-rank changes", low_rank), ("core changes", core)):
-        kept = [survives[path] for path in paths if path in survives]
+    paths_of_core = {site.path for site in adapted.plan.sites if site.key in core}
+    for label, paths in (("low-rank changes", set(low_rank)), ("core changes", paths_of_core)):
+        kept = [survives[path] for path in sorted(paths) if path in survives]
         if kept:
             parts.append(f"{sum(kept) / len(kept):.1%} of the {label} survive rounding to bf16")
     measured = min(core.values()) if core else num_moved / max(len(low_rank), 1)
@@ -71,12 +73,15 @@ def _share_moved(adapted: AdaptedModel, site: Site) -> float:
     if site.container == "state":
         return float((edit() != 0).float().mean())
     base = base_tensor(adapted.base_model.model, site.path)
-    return float((edit(base) != base).float().mean())
+    moved = edit(base) != base
+    if isinstance(edit, Sparse):
+        moved = moved.flatten()[edit.positions]
+    return float(moved.float().mean())
 
 
 def _one_per_role(adapted: AdaptedModel, paths: list[str]) -> str:
     """The first path of each role, so that every kind of tensor that failed is named."""
-    roles = {site.path: site.role for site in adapted.plan.sites}
+    roles = {name: site.role for site in adapted.plan.sites for name in (site.path, site.key)}
     first: dict[str, str] = {}
     for path in paths:
         first.setdefault(roles[path], path)
