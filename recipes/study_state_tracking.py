@@ -80,16 +80,15 @@ def arms(order: int) -> dict[str, Arm]:
     def lora(rank: int, *roles: str) -> tuple[Edit, ...]:
         return (Edit(method="lora", select=roles, options={"rank": rank, "alpha": 2.0 * rank, "dropout": 0.0}),)
 
-    # A branch starts from a gate of zero and short steps: the rates that suit it are higher.
-    fast, slow = (3e-2, 1e-1, 3e-1), (1e-3, 3e-3)
+    slow = (1e-3, 3e-3)
     hankel, complex_hankel = branch("hankel"), branch("hankel", complex_modes=True)
     state = (Edit(method="initial_state", select=("state.initial_state",)),)
     return {
         "lora": Arm(base="transformer", edits=lora(order // 2, "attn.q", "attn.v")),
         "parallel": Arm(base="transformer", edits=branch("parallel")),
-        "hankel": Arm(base="transformer", edits=hankel, rates=fast),
-        "hankel-complex": Arm(base="transformer", edits=complex_hankel, rates=fast),
-        "hankel-truncated": Arm(base="transformer", edits=hankel, rates=fast, truncated=True),
+        "hankel": Arm(base="transformer", edits=hankel),
+        "hankel-complex": Arm(base="transformer", edits=complex_hankel),
+        "hankel-truncated": Arm(base="transformer", edits=hankel, truncated=True),
         "scratch": Arm(base="transformer", scratch=True, rates=slow),
         "scratch+hankel": Arm(base="transformer", scratch=True, edits=hankel, rates=slow),
         "scratch+hankel-truncated": Arm(base="transformer", scratch=True, edits=hankel, rates=slow, truncated=True),

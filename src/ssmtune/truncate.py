@@ -146,6 +146,7 @@ def _reduce(
         )
     options = ReducedOptions(
         order=order,
+        num_pairs=0,
         gate="scalar" if branch.gate.numel() == 1 else "channel",
         full_order=len(sigma),
         bound=bound(sigma, order) if reached is None else None,

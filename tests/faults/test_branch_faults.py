@@ -89,8 +89,8 @@ def test_training_stops_at_a_branch_that_gets_no_gradient(make: Make) -> None:
     ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(0))
     adapted(input_ids=ids, labels=ids).loss.backward()
     parameters = adapted.trained_parameters()
-    _refuse_dead({"state": parameters})
+    _refuse_dead({"state": parameters}, set())
     first = next(name for name in parameters if name.endswith("layers.0.mlp.branch.gate"))
     parameters[first].grad = torch.zeros(1)
     with pytest.raises(TrainingFailed, match=r"5 trained .*model\.layers\.0\.mlp\.branch"):
-        _refuse_dead({"state": parameters})
+        _refuse_dead({"state": parameters}, set())

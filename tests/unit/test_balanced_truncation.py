@@ -266,5 +266,11 @@ def test_an_unstable_reduced_system_is_refused(monkeypatch: pytest.MonkeyPatch) 
         truncate(trained(), rank=4)
 
 
+def test_a_branch_of_which_one_mode_is_left() -> None:
+    reduced = truncate(trained(), rank=1)
+    assert {s.options["order"] for s in reduced.plan.sites if s.method == "hankel_reduced"} == {1}
+    assert {s.options["num_pairs"] for s in reduced.plan.sites if s.method == "hankel_reduced"} == {0}
+
+
 def test_truncate_is_public() -> None:
     assert truncate_function is truncate
