@@ -25,6 +25,7 @@ from ssmtune.verify.base import check_names, get_check
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN = ROOT / "records/pretrain/tiny-granite-h.json"
 GGUF = ROOT / "records/export/gguf.json"
+MERGE = ROOT / "records/export/merge-3b.json"
 STUDY = ROOT / "records/studies/granite/study.json.gz"
 S4_REGRESSION = ROOT / "records/studies/s4-regression.json.gz"
 BENCH = ROOT / "records/bench"
@@ -466,12 +467,42 @@ def s4_rates() -> str:
     return table(["arm", *rates], rows)
 
 
+def merge_cost() -> str:
+    """What merging a model of full size costs, beside a copy of its files."""
+    record = read_record(MERGE, kind="export")
+    merged, copies = record["merge"], record["copies"]
+    gb = 1e9
+    rows = [
+        [
+            "copy",
+            f"{record['bytes'] / gb:.2f}",
+            f"{min(c['seconds'] for c in copies):.0f} to {max(c['seconds'] for c in copies):.0f}",
+            f"{min(c['cpu_seconds'] for c in copies):.0f} to {max(c['cpu_seconds'] for c in copies):.0f}",
+            "-",
+        ],
+        [
+            f"merge, `{record['config']['recipe']}`, rank {record['config']['rank']}",
+            f"{record['bytes'] / gb:.2f}",
+            f"{merged['seconds']:.0f}",
+            f"{merged['cpu_seconds']:.0f}",
+            f"{merged['peak_rss_bytes'] / gb:.2f}",
+        ],
+    ]
+    words = (
+        f"{record['total']:,} parameters, {merged['edited']} of the tensors edited; {merged['import_rss_bytes'] / gb:.2f} GB "
+        f"of the memory is Python, torch and transformers before the merge begins. Measured once on "
+        f"{record['environment']['device']}, load average {record['load_average']:.1f}: other programs had most of the "
+        "processor, so the seconds of the processor say more than those of the clock."
+    )
+    return table(["", "GB", "seconds", "processor seconds", "peak resident memory, GB"], rows) + "\n\n" + words
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"headline": study_headline, "families": families},
     "docs/families.md": {"families": families, "roles": roles},
     "docs/methods/README.md": {"methods": methods},
     "docs/verify.md": {"checks": checks, "faults": planted_faults},
-    "docs/export.md": {"targets": export_targets, "gguf": gguf_families},
+    "docs/export.md": {"targets": export_targets, "gguf": gguf_families, "merge": merge_cost},
     "docs/tasks.md": {"tasks": tasks},
     "docs/tiny-granite-h.md": {"facts": pretrain_facts, "samples": pretrain_samples},
     "docs/performance.md": {

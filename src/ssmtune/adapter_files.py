@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from ssmtune.base_digest import base_digest
-from ssmtune.errors import AdapterMismatch, PlanMismatch
+from ssmtune.checkpoint import Entry, inside, read_header
+from ssmtune.config import decode, read_json
+from ssmtune.errors import AdapterMismatch, ConfigError, PlanMismatch, nearest
 from ssmtune.methods.base import get_method
 from ssmtune.plan import Plan
 from ssmtune.records import file_sha256, write_bytes, write_json
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OUR_CONFIG, OUR_TENSORS = "ssmtune.json", "ssmtune.safetensors"
+SMALL_ADAPTER = 1 << 20
+"""Parameters that may be allocated for any adapter, however little its files hold."""
+FACTS = frozenset({"format", "base_model", "base_digest", "run_id", "step", "plan", "discarded", "values", "sha256"})
+"""Fields of ssmtune.json."""
 FILES = (PEFT_CONFIG, PEFT_TENSORS, OUR_TENSORS, OUR_CONFIG)
 
 
@@ -119,7 +124,11 @@ def _peft_config(adapted: AdaptedModel, extras: Mapping[str, torch.Tensor]) -> d
 
 
 def read(directory: Path) -> SavedAdapter:
-    """Read and check an adapter directory. Raises `AdapterMismatch` for files that are missing, damaged or of two steps."""
+    """Read and check an adapter directory, which may come from anybody; its tensors are read last.
+
+    Raises `AdapterMismatch` for files that are missing, damaged, links to elsewhere or of two steps, for a plan that
+    claims more than the files hold, and for values that are not finite.
+    """
     missing = [name for name in FILES if not (directory / name).is_file()]
     if missing:
         raise AdapterMismatch(
@@ -127,14 +136,18 @@ def read(directory: Path) -> SavedAdapter:
             "(saving may have been interrupted). Use another checkpoint of the run."
         )
     try:
-        facts = json.loads((directory / OUR_CONFIG).read_text(encoding="utf-8"))
+        paths = {name: inside(directory, name) for name in FILES}
+        facts = read_json(paths[OUR_CONFIG])
+        unknown = sorted(set(facts) - FACTS)
+        if unknown:
+            raise ConfigError(f"unknown field {unknown[0][:80]!r}; {nearest(unknown[0], FACTS)}")
         plan = Plan.from_dict(facts["plan"])
         digests = dict(facts["sha256"])
         saved_base, run_id, step = str(facts["base_digest"]), str(facts["run_id"]), int(facts["step"])
         version, discarded = facts["format"], frozenset(facts["discarded"])
-    except PlanMismatch as error:
-        raise AdapterMismatch(f"{directory / OUR_CONFIG}: {error}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (PlanMismatch, ConfigError) as error:
+        raise AdapterMismatch(f"{directory / OUR_CONFIG}: cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise AdapterMismatch(
             f"{directory / OUR_CONFIG}: cannot be read ({error!r}). Use another checkpoint."
         ) from None
@@ -148,10 +161,19 @@ def read(directory: Path) -> SavedAdapter:
                 "copy the whole directory again."
             )
     try:
-        peft_tensors = load((directory / PEFT_TENSORS).read_bytes())
-        our_tensors = load((directory / OUR_TENSORS).read_bytes())
-    except (SafetensorError, OSError) as error:
-        raise AdapterMismatch(f"{directory}: not readable as safetensors ({error}). Use another checkpoint.") from None
+        headers = {name: read_header(paths[name]) for name in (PEFT_TENSORS, OUR_TENSORS)}
+    except ConfigError as error:
+        raise AdapterMismatch(str(error)) from None
+    _refuse_more_than_is_there(directory, plan, discarded, headers)
+    tensors = {name: {key: entry.read() for key, entry in entries.items()} for name, entries in headers.items()}
+    for name, found in tensors.items():
+        for key, tensor in found.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise AdapterMismatch(
+                    f"{directory / name}: {key} holds values that are not finite, so its training diverged or the file was "
+                    "altered. Use an earlier checkpoint."
+                )
+    peft_tensors, our_tensors = tensors[PEFT_TENSORS], tensors[OUR_TENSORS]
     return SavedAdapter(
         directory=directory,
         plan=plan,
@@ -166,7 +188,36 @@ def read(directory: Path) -> SavedAdapter:
 
 def check_base(saved: SavedAdapter, base_model: PreTrainedModel) -> None:
     """Raise `AdapterMismatch` when the adapter was trained on other base weights than `base_model`'s."""
-    found = base_digest(base_model)
+    refuse_other_base(saved, base_digest(base_model))
+
+
+def _refuse_more_than_is_there(
+    directory: Path, plan: Plan, discarded: Collection[str], headers: Mapping[str, Mapping[str, Entry]]
+) -> None:
+    """Attaching allocates what the plan says, so that must be of the size of the files; `fill` names what is missing."""
+    planned = 0
+    for site in plan.sites:
+        try:
+            method = get_method(site.method)
+            options = decode(method.Options, site.options, where=f"plan, {site.path}")
+        except ConfigError as error:
+            raise AdapterMismatch(f"{directory / OUR_CONFIG}: {error}") from None
+        if method.num_params(site.shape, options) != site.num_params:
+            raise AdapterMismatch(
+                f"{directory / OUR_CONFIG}: {site.key} should train {method.num_params(site.shape, options):,} parameters "
+                f"by its method and options, the plan says {site.num_params:,}. The file was altered."
+            )
+        planned += 0 if site.path in discarded else site.num_params
+    held = sum(entry.num for entries in headers.values() for entry in entries.values())
+    if planned > max(2 * held, SMALL_ADAPTER):
+        raise AdapterMismatch(
+            f"{directory}: the plan trains {planned:,} parameters, the files hold {held:,}. The directory is incomplete or "
+            "was altered; use another checkpoint."
+        )
+
+
+def refuse_other_base(saved: SavedAdapter, found: str) -> None:
+    """Raise `AdapterMismatch` when `found` is not the digest of the base that the adapter was trained on."""
     if found != saved.base_digest:
         raise AdapterMismatch(
             f"{saved.directory}: was trained on {saved.plan.model} (base digest {saved.base_digest}); "
@@ -189,11 +240,30 @@ def fill(adapted: AdaptedModel, saved: SavedAdapter) -> None:
             raise AdapterMismatch(
                 f"{saved.directory / OUR_TENSORS}: {key}.index {fault}. The directory was altered; use another checkpoint."
             )
+    if any(parameter.is_meta for parameter in adapted.parameters()):
+        _replace(adapted, saved, kept)
+        put(adapted.edits, {key: saved.our_tensors[f"{key}.index"] for key in chosen})
+        return
     set_peft_model_state_dict(adapted, dict(saved.peft_tensors))
     put(adapted.edits, {key: saved.our_tensors[f"{key}.index"] for key in chosen})
     with torch.no_grad():
         for name, parameter in kept.items():
             parameter.copy_(saved.our_tensors[name])
+
+
+def _replace(adapted: AdaptedModel, saved: SavedAdapter, kept: Mapping[str, torch.Tensor]) -> None:
+    """Put tensors with the saved values in the place of those on the meta device, which take no values."""
+    factors = get_peft_model_state_dict(adapted, state_dict=adapted.state_dict(keep_vars=True))
+    values = {id(parameter): saved.peft_tensors[key] for key, parameter in factors.items()}
+    values |= {id(parameter): saved.our_tensors[name] for name, parameter in kept.items()}
+    for module in adapted.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in values:
+                value = torch.nn.Parameter(values[id(parameter)], requires_grad=False)
+                module._parameters[name] = value
+        for name, buffer in module._buffers.items():
+            if id(buffer) in values:
+                module._buffers[name] = values[id(buffer)]
 
 
 def _check_keys(

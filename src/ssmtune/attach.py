@@ -18,20 +18,20 @@ from ssmtune import adapter_files
 from ssmtune.base_digest import base_digest
 from ssmtune.branches import BranchHooks
 from ssmtune.config import decode
-from ssmtune.errors import AdapterMismatch, AttachError, PlanMismatch
+from ssmtune.errors import AdapterMismatch, AttachError
 from ssmtune.families.base import find_family
-from ssmtune.inventory import take_inventory
 from ssmtune.methods.base import TensorEdit, get_method
 from ssmtune.operations import install_operations
 from ssmtune.ops.seam import Call
 from ssmtune.peft_layers import lora_config, settle_magnitudes, tuner_for_every_projection, unwrap
-from ssmtune.plan import Plan, Site
+from ssmtune.plan import Plan, Site, refuse_other_model
 from ssmtune.selection import choose_at_attach
 from ssmtune.virtual_tokens import install_virtual_tokens
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
 
 Fast = Literal["auto", "off", "require"]
 
@@ -48,9 +48,10 @@ class AdaptedModel(PeftModelForCausalLM):
     edits: dict[str, TensorEdit]
     fast_block: str
 
-    def __init__(self, model: PreTrainedModel, plan: Plan) -> None:
+    def __init__(self, model: PreTrainedModel, plan: Plan, *, digest: str | None = None) -> None:
+        """`digest` is the base's, where `model` is on the meta device and has no weights to take it from."""
         object.__setattr__(self, "plan", plan)
-        object.__setattr__(self, "base_digest", base_digest(model))
+        object.__setattr__(self, "base_digest", digest or base_digest(model))
         object.__setattr__(self, "edits", {})
         object.__setattr__(self, "fast_block", "off: no rewritten layer exists for this family yet")
         object.__setattr__(self, "_spent", "")
@@ -234,12 +235,7 @@ def attach(model: PreTrainedModel, plan: Plan, fast: Fast = "auto") -> AdaptedMo
             "the model already carries adapters; wrapping it a second time would leave one set unloaded or untrained. "
             "Detach them first (adapted.detach()), merge them (ssmtune.merge), or load the base model again."
         )
-    inventory = take_inventory(model)
-    if inventory.digest != plan.inventory_digest:
-        raise PlanMismatch(
-            f"the plan was made for {plan.model} (inventory {plan.inventory_digest}), this model is {inventory.model_type} "
-            f"with inventory {inventory.digest}. Make a plan for this model."
-        )
+    inventory = refuse_other_model(model, plan)
     if fast == "require":
         raise AttachError(
             f"fast='require': family {inventory.family!r} has no rewritten layer yet. Use fast='auto' or 'off'; "

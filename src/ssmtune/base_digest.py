@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 SAMPLES_PER_TENSOR = 256
 
+Sample = tuple[str, tuple[int, ...], torch.Tensor]
+"""Name of a parameter, its shape, and what `sample_of` takes of it, as fp32 on the CPU."""
+
 
 def base_digest(model: nn.Module) -> str:
     """Return 16 hex digits over every parameter's name, shape and up to 256 evenly spaced values (as fp32).
@@ -21,15 +25,31 @@ def base_digest(model: nn.Module) -> str:
     Values are compared as fp32 so that a checkpoint loaded in another dtype of the same values is the same base;
     a base rounded to a narrower dtype is another one. A model on the meta device has no values and is refused.
     """
-    value = hashlib.sha256()
     if any(parameter.is_meta for parameter in model.parameters()):
         raise AttachError(
             "the model has no weights (meta device), so nothing can be attached. Load it with its weights."
         )
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        stride = max(1, flat.numel() // SAMPLES_PER_TENSOR)
-        sample = flat[::stride][: SAMPLES_PER_TENSOR + 1].to("cpu", torch.float32).contiguous()
-        value.update(f"{name}{tuple(parameter.shape)}".encode())
+    return digest_of_samples(
+        (name, tuple(parameter.shape), sample_of(parameter.detach())) for name, parameter in model.named_parameters()
+    )
+
+
+def sample_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return up to 256 evenly spaced values of a tensor (and one more where the division leaves a rest), fp32."""
+    flat = tensor.reshape(-1)
+    return sample_every(flat.numel(), lambda stride, limit: flat[::stride][:limit])
+
+
+def sample_every(num: int, every: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+    """Return the sample of a tensor of `num` elements, of which `every(stride, limit)` gives some."""
+    stride = max(1, num // SAMPLES_PER_TENSOR)
+    return every(stride, SAMPLES_PER_TENSOR + 1).to("cpu", torch.float32).contiguous()
+
+
+def digest_of_samples(samples: Iterable[Sample]) -> str:
+    """Return the digest of a model from samples of its parameters, in their order in the model."""
+    value = hashlib.sha256()
+    for name, shape, sample in samples:
+        value.update(f"{name}{shape}".encode())
         value.update(sample.numpy().tobytes())
     return value.hexdigest()[:16]

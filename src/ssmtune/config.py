@@ -69,12 +69,10 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file. Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).") from None
+    if path.suffix == ".json":
+        return parse_json(text, where=str(path))
     try:
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}, line {error.lineno}: not valid JSON ({error.msg}). The file may be truncated."
-        ) from None
+        data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -82,3 +80,52 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: got {type(data).__name__}; expected a mapping at the top level.")
     return data
+
+
+def read_json(path: Path, *, infinite: bool = False) -> dict[str, Any]:
+    """Return the object in a JSON file of somebody else's. Raises `ConfigError` as `parse_json` does, or unreadable."""
+    try:
+        return parse_json(path.read_text(encoding="utf-8"), where=str(path), infinite=infinite)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is no text in UTF-8 ({error.reason}). Copy the file again.") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}). Check the path, or copy the file again."
+        ) from None
+
+
+def parse_json(text: str, *, where: str, infinite: bool = False) -> dict[str, Any]:
+    """Return the JSON object in `text`; `where` names it in errors.
+
+    Raises `ConfigError` for what is no JSON object, for a key that is given twice and for NaN and infinities, which are
+    no JSON although Python's reader takes them. `infinite`: take them (a model's config may hold `time_step_limit`).
+    """
+    try:
+        value = loads_strictly(text, infinite=infinite)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{where}, line {error.lineno}: not valid JSON ({error.msg}). The file may be truncated."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid JSON ({error}). Correct it, or copy the file again.") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: got {type(value).__name__}; expected a mapping at the top level.")
+    return value
+
+
+def loads_strictly(text: str, *, infinite: bool = False) -> Any:
+    """Return the value of a JSON text. Raises `ValueError` also for a key given twice, and NaN unless `infinite`."""
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=float if infinite else _refuse_constant)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} is given twice")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")

@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import rich.console
+import rich.progress
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
 from ssmtune import adapter_files
-from ssmtune.adapter_files import discarded_paths
+from ssmtune.adapter_files import OUR_TENSORS, PEFT_TENSORS, SavedAdapter
 from ssmtune.attach import AdaptedModel, base_tensor, load, owner_of
-from ssmtune.errors import AttachError, ConfigError, nearest
-from ssmtune.inventory import take_inventory
+from ssmtune.base_digest import base_digest
+from ssmtune.base_stream import StreamedBase, place_tensor
+from ssmtune.errors import AttachError, CheckFailed, ConfigError
+from ssmtune.merged_files import copy_beside, refuse_merged, write_provenance
 from ssmtune.methods._low_rank import decomposed
-from ssmtune.models import Dtype, load_model, load_tokenizer, weightless
+from ssmtune.models import Dtype, load_model, load_tokenizer, model_location
 from ssmtune.peft_layers import module_name
-from ssmtune.placement import is_below, touches
+from ssmtune.records import file_sha256
+from ssmtune.restore import edited_roles, give_back, restored_rows
+from ssmtune.rounding import Survival, rounding_of, survival_by_role, survival_of
+from ssmtune.weight_units import CannotStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ssmtune.plan import Plan
 
-@dataclass(frozen=True, kw_only=True)
-class Survival:
-    """How much of one tensor's change is left after rounding to a dtype.
 
-    `changed` is the share of elements whose exact value differs from the base, `survives` the share of those that
-    still differ after rounding.
-    """
-
-    path: str
-    role: str
-    changed: float
-    survives: float
-    max_abs_delta: float
+SMALL_BYTES, NUM_PROMPTS = 1 << 28, 2
+"""Up to this size a merged model is also compared with the adapted one in memory, on so many prompts."""
 
 
 def merge(adapted: AdaptedModel, *, restore: Sequence[str] = ()) -> PreTrainedModel:
@@ -49,15 +46,14 @@ def merge(adapted: AdaptedModel, *, restore: Sequence[str] = ()) -> PreTrainedMo
     A second merge raises `AttachError`, a role that no edit touches `ConfigError`.
     """
     adapted._refuse_spent("merge")
-    _refuse_unmergeable(adapted)
+    _refuse_unmergeable(adapted.plan)
     return merge_tensors(adapted, restore=restore)
 
 
 def merge_tensors(adapted: AdaptedModel, *, restore: Sequence[str] = ()) -> PreTrainedModel:
     """Return the plain model with every edit of a tensor in its weights; what is no tensor's is taken off and lost."""
     merged = effective_tensors(adapted)
-    if restore:
-        _restore(adapted, merged, restore)
+    _give_back_all(merged, adapted, restore)
     base = adapted.detach()
     with torch.no_grad():
         for path, value in merged.items():
@@ -68,28 +64,13 @@ def merge_tensors(adapted: AdaptedModel, *, restore: Sequence[str] = ()) -> PreT
     return base
 
 
-def _restore(adapted: AdaptedModel, merged: dict[str, torch.Tensor], roles: Sequence[str]) -> None:
-    """Put the base's values back into `merged`, for the components of these roles."""
-    model = adapted.base_model.model
-    inventory = take_inventory(weightless(model.config))
-    for role in roles:
-        named = [c for c in (*inventory.components, *inventory.segments) if is_below(c.role, role)]
-        found = [c for c in named if c.path in merged]
-        edited = {s.path: [o.rows for o in adapted.plan.sites if o.path == s.path] for s in adapted.plan.sites}
-        found = [c for c in found if any(touches(c.rows, rows) for rows in edited[c.path])]
-        if not found:
-            trained = sorted({site.role for site in adapted.plan.sites})
-            raise ConfigError(
-                f"restore {role!r}: no edit of this adapter touches it; {nearest(role, trained)}. Leave it out."
-            )
-        for component in found:
-            base = base_tensor(model, component.path).float()
-            for first, end in component.rows or ((0, len(base)),):
-                merged[component.path][first:end] = base[first:end]
+def _give_back_all(values: Mapping[str, torch.Tensor], adapted: AdaptedModel, roles: Sequence[str]) -> None:
+    for path, rows in restored_rows(adapted, roles).items():
+        give_back(values[path], base_tensor(adapted.base_model.model, path), rows)
 
 
-def _refuse_unmergeable(adapted: AdaptedModel) -> None:
-    lasting = sorted({site.method for site in adapted.plan.unmergeable})
+def _refuse_unmergeable(plan: Plan) -> None:
+    lasting = sorted({site.method for site in plan.unmergeable})
     if lasting:
         raise AttachError(
             f"cannot merge: method {', '.join(lasting)} adds what no tensor of the base can hold, so a merged model would "
@@ -100,20 +81,23 @@ def _refuse_unmergeable(adapted: AdaptedModel) -> None:
 
 def effective_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
     """Return for each edited tensor of the base its exact effective value, fp32, by the tensor's name in the base."""
-    dropped = discarded_paths(adapted.plan)
-    sites = [site for site in adapted.plan.sites if not site.is_added and site.path not in dropped]
-    paths = dict.fromkeys(site.path for site in sites)
     with torch.no_grad():
-        return {path: _effective(adapted, path) for path in paths}
+        return {path: _effective(adapted, path) for path in edited_roles(adapted.plan)}
 
 
 def _effective(adapted: AdaptedModel, path: str) -> torch.Tensor:
     sites = [site for site in adapted.plan.sites if site.path == path]
-    value = base_tensor(adapted.base_model.model, path).float()
+    tensor = base_tensor(adapted.base_model.model, path)
+    value, narrow = tensor.detach().float(), tensor.data
     for site in sites:
         if site.container == "module":
             layer = _lora_layer(adapted, path, module_name(site))
-            value = value + layer.get_delta_weight("default").float()
+            # PEFT gives the change of packed experts in the dtype of their tensor, which would round it before the sum.
+            tensor.data = value
+            change: torch.Tensor = layer.get_delta_weight("default").float()
+            tensor.data = narrow
+            # Into the change, which is new: `value` is the base itself where that is fp32.
+            value = change.add_(value)
             if layer.lora_magnitude_vector:
                 value = decomposed(value, layer.lora_magnitude_vector["default"].weight[:, None])
             return value
@@ -143,41 +127,12 @@ def _lora_layer(adapted: AdaptedModel, path: str, module: str) -> Any:
 
 def survival_report(adapted: AdaptedModel, dtype: torch.dtype = torch.bfloat16) -> list[Survival]:
     """Return for each edited tensor how much of its change survives rounding to `dtype`."""
-    report = []
-    roles = {site.path: site.role for site in adapted.plan.sites}
+    roles = edited_roles(adapted.plan)
     with torch.no_grad():
-        for path, value in effective_tensors(adapted).items():
-            base = base_tensor(adapted.base_model.model, path).float()
-            changed = value != base
-            survived = value.to(dtype) != base.to(dtype)
-            num = int(changed.sum())
-            report.append(
-                Survival(
-                    path=path,
-                    role=roles[path],
-                    changed=num / value.numel(),
-                    survives=int((survived & changed).sum()) / num if num else 0.0,
-                    max_abs_delta=float((value - base).abs().max()),
-                )
-            )
-    return report
-
-
-def survival_by_role(report: list[Survival]) -> list[dict[str, Any]]:
-    """Return the report averaged over the tensors of each role, for tables."""
-    rows = []
-    for role in sorted({entry.role for entry in report}):
-        members = [asdict(entry) for entry in report if entry.role == role]
-        rows.append(
-            {
-                "role": role,
-                "tensors": len(members),
-                "changed": sum(m["changed"] for m in members) / len(members),
-                "survives": sum(m["survives"] for m in members) / len(members),
-                "max_abs_delta": max(m["max_abs_delta"] for m in members),
-            }
-        )
-    return rows
+        return [
+            survival_of(path, roles[path], base_tensor(adapted.base_model.model, path), value, dtype)
+            for path, value in effective_tensors(adapted).items()
+        ]
 
 
 def adapter_directory(run: str) -> Path:
@@ -192,60 +147,179 @@ def merge_to(
     model: str | None = None,
     dtype: Dtype = "auto",
     restore: Sequence[str] = (),
+    core_float32: bool = False,
     make_plain: Callable[[AdaptedModel], PreTrainedModel] | None = None,
+    on_message: Callable[[str], None] = warnings.warn,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Write the merged model of a run (or of an adapter directory and its base) to `out`; return what was merged.
 
-    `make_plain` is `merge`, or `widen.widen`, which holds an additional scan as well.
-    The directory appears whole or not at all, with weights, config, tokenizer and a model card.
-    Raises `ConfigError` when `out` exists or the base is not known, `AdapterMismatch` for a base that is not the
-    adapter's, so that a model that is merged already is refused.
+    The base is read and written one tensor at a time. Where its files cannot be proven to be read as transformers reads
+    them, the model is merged in memory instead, which `on_message` is told and the result records.
+    `make_plain` is `merge`, or `widen.widen`, which holds an additional scan as well, in memory.
+    The directory appears whole or not at all, with weights, config, tokenizer, model card and `ssmtune_merge.json`.
+    `core_float32` keeps the core in fp32 in the file, whatever `dtype` the other tensors have.
+    Raises `ConfigError` when `out` exists, the base is not known, or the disk is too small; `AdapterMismatch` for a base
+    that is not the adapter's, so that a model that is merged already is refused; `AttachError` for what cannot merge.
     """
     if out.exists():
         raise ConfigError(f"{out}: exists already. Choose another directory for the merged model, or delete it.")
     directory = adapter_directory(run)
     saved = adapter_files.read(directory)
-    model = model or saved.plan.model
-    base = load_model(model, dtype=dtype)
-    tokenizer = load_tokenizer(model)
-    adapted = load(base, directory)
-    target = next(base.parameters()).dtype
-    survival = survival_by_role(survival_report(adapted, target))
-    merged = merge(adapted, restore=restore) if make_plain is None else make_plain(adapted)
-    result = {
+    if make_plain is None:
+        _refuse_unmergeable(saved.plan)
+    name = model or saved.plan.model
+    result: dict[str, Any] = {
         "out": str(out),
-        "base": model,
+        "base": name,
         "base_digest": saved.base_digest,
         "run_id": saved.run_id,
         "step": saved.step,
         "recipe": saved.plan.recipe,
-        "dtype": str(target).removeprefix("torch."),
+        "adapter_sha256": {file: file_sha256(directory / file) for file in (PEFT_TENSORS, OUR_TENSORS)},
         "restored": list(restore),
-        "survival": survival,
+        "core_float32": core_float32,
     }
+    location = Path(model_location(name))
+    refuse_merged(location, result["adapter_sha256"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        merged.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        (draft / "README.md").write_text(_model_card(result), encoding="utf-8")
-        draft.chmod(0o755)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        draft = Path(scratch) / "streamed"
+        draft.mkdir()
+        try:
+            if saved.plan.unmergeable:
+                raise CannotStream("what was trained needs a larger model")
+            result |= _stream(saved, name, draft, dtype, restore=restore, core_float32=core_float32, progress=progress)
+        except CannotStream as reason:
+            if not saved.plan.unmergeable:
+                on_message(f"{name}: merged in memory, not tensor by tensor, because {reason}.")
+            draft = Path(scratch) / "in-memory"
+            draft.mkdir()
+            merged = _in_memory(
+                saved, name, draft, dtype, restore=restore, core_float32=core_float32, make_plain=make_plain
+            )
+            result |= merged | {"in_memory": str(reason)}
+        write_provenance(draft, result)
         draft.rename(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return result
 
 
-def _model_card(result: dict[str, Any]) -> str:
-    rows = "\n".join(
-        f"| {row['role']} | {row['tensors']} | {row['changed']:.1%} | {row['survives']:.1%} |"
-        for row in result["survival"]
-    )
-    restored = f"Restored to the base's values: {', '.join(result['restored'])}.\n\n" if result["restored"] else ""
-    return (
-        f"# Merged model\n\n"
-        f"Base `{result['base']}` (digest {result['base_digest']}), adapter of run `{result['run_id']}`, step "
-        f"{result['step']}, recipe `{result['recipe']}`, merged by ssmtune in fp32 and rounded once to {result['dtype']}.\n\n"
-        f"{restored}"
-        f"| role | tensors | elements changed | still changed after rounding |\n|---|---:|---:|---:|\n{rows}\n"
-    )
+def _in_memory(
+    saved: SavedAdapter,
+    name: str,
+    draft: Path,
+    dtype: Dtype,
+    *,
+    restore: Sequence[str],
+    core_float32: bool,
+    make_plain: Callable[[AdaptedModel], PreTrainedModel] | None,
+) -> dict[str, Any]:
+    """Load, merge and save the whole model; returns the facts of the result."""
+    base = load_model(name, dtype=dtype)
+    adapted = load(base, saved.directory)
+    target = next(base.parameters()).dtype
+    survival = survival_report(adapted, target)
+    roles = edited_roles(saved.plan)
+    core = {s.path for s in saved.plan.sites if s.group == "core"} if core_float32 else set()
+    exact = effective_tensors(adapted)
+    _give_back_all(exact, adapted, restore)
+    rounding = [rounding_of(p, roles[p], v, v if p in core else v.to(target)) for p, v in exact.items()]
+    merged = merge(adapted, restore=restore) if make_plain is None else make_plain(adapted)
+    with torch.no_grad():
+        for path in core & set(exact):
+            merged.get_parameter(path).data = exact[path]
+    merged.save_pretrained(draft)
+    location = Path(model_location(name))
+    if location.is_dir():
+        copy_beside(location, draft)
+    else:
+        load_tokenizer(name).save_pretrained(draft)
+    return {
+        "dtype": str(target).removeprefix("torch."),
+        "survival": survival_by_role(survival),
+        "rounding": rounding,
+        "left_out": [],
+        "merged_digest": base_digest(merged),
+        "prompts": None,
+        "in_memory": "",
+    }
+
+
+def _stream(
+    saved: SavedAdapter,
+    name: str,
+    draft: Path,
+    dtype: Dtype,
+    *,
+    restore: Sequence[str],
+    core_float32: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """Read, change and write the base one tensor at a time; returns the facts of the result.
+
+    Raises `CannotStream` where that cannot be proven to give what merging in memory does.
+    """
+    base = StreamedBase(name, saved)
+    roles = edited_roles(saved.plan)
+    core = {s.path for s in saved.plan.sites if s.group == "core"} if core_float32 else set()
+    adapted = base.adapted()
+    model, restored = adapted.base_model.model, restored_rows(adapted, restore)
+    survival, rounding = [], []
+    bar = rich.progress.Progress(console=rich.console.Console(stderr=True), disable=not progress)
+    with bar, base.writer(draft, dtype, core) as output, torch.no_grad():
+        for unit in bar.track(base.units, description="merge"):
+            paths = {n: path for n in unit.names if (path := base.path_of(n)) in roles}
+            if not paths:
+                output.copy(unit)
+                continue
+            tensors = base.read(unit)
+            for n, path in paths.items():
+                tensor = tensors[n]
+                place_tensor(model, path, tensor)
+                exact = _effective(adapted, path)
+                place_tensor(model, path, torch.empty_like(tensor, device="meta"))
+                give_back(exact, tensor, restored.get(path, ()))
+                tensors[n] = exact.to(output.dtypes[n])
+                if base.is_first(n):
+                    survival.append(survival_of(path, roles[path], tensor, exact, output.dtypes[n]))
+                    rounding.append(rounding_of(path, roles[path], exact, tensors[n]))
+            output.put(unit, tensors)
+        digest = output.finish()
+        small = output.num_bytes <= SMALL_BYTES
+    return {
+        "dtype": str(output.dtype).removeprefix("torch."),
+        "survival": survival_by_role(survival),
+        "rounding": rounding,
+        "left_out": base.left_out,
+        "merged_digest": digest,
+        "prompts": _compare_small(saved, name, draft, base.dtype, restore) if small else None,
+        "in_memory": "",
+    }
+
+
+def _compare_small(
+    saved: SavedAdapter, name: str, draft: Path, dtype: torch.dtype, restore: Sequence[str]
+) -> dict[str, Any]:
+    """Compare what was streamed with the adapted model in memory: every tensor bit for bit, and some logits.
+
+    Returns the largest and the mean difference of logits, relative to the largest.
+    Raises `CheckFailed` for a tensor that is not what merging in memory gives.
+    """
+    adapted = load(load_model(name, dtype=cast(Dtype, str(dtype).removeprefix("torch."))), saved.directory)
+    merged = load_model(str(draft)).eval()
+    exact = effective_tensors(adapted)
+    _give_back_all(exact, adapted, restore)
+    # Before anything runs: RWKV's forward divides weights in place.
+    for path, tensor in merged.named_parameters():
+        value = exact[path] if path in exact else base_tensor(adapted.base_model.model, path)
+        if not torch.equal(tensor, value.to(tensor.dtype)):
+            raise CheckFailed(
+                f"{path}: the tensor that was written is not the one that merging in memory gives. Nothing is left at the "
+                "place named; this is a fault of ssmtune, please report it with the base's config."
+            )
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(merged.config.get_text_config().vocab_size, (NUM_PROMPTS, 33), generator=generator)
+    with torch.no_grad():
+        expected, found = (model(input_ids=ids_BT, use_cache=False).logits.float() for model in (adapted, merged))
+    difference, scale = (found - expected).abs(), float(expected.abs().max())
+    return {"num": NUM_PROMPTS, "max": float(difference.max()) / scale, "mean": float(difference.mean()) / scale}

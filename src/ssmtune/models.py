@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ssmtune.checkpoint import INDEX, WEIGHTS, read_checkpoint
+from ssmtune.config import read_json
 from ssmtune.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = ("tiny-granite-h",)
@@ -43,10 +45,11 @@ def load_config(name: str) -> Any:
     if path.suffix == ".json" or (path / "config.json").is_file():
         path = path if path.suffix == ".json" else path / "config.json"
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            model_type = fields["model_type"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: is no model config ({error!r}). It must be JSON with a 'model_type'.") from None
+            model_type = read_json(path, infinite=True).get("model_type")
+        except ConfigError as error:
+            raise ConfigError(f"{path}: is no model config. {error}") from None
+        if not isinstance(model_type, str):
+            raise ConfigError(f"{path}: is no model config (model_type {model_type!r}). It must name its 'model_type'.")
         if model_type not in CONFIG_MAPPING:
             # The one architecture that is ours and not transformers'.
             from ssmtune.s4d_model import register_s4d
@@ -75,12 +78,16 @@ def empty_model(name: str) -> PreTrainedModel:
     return weightless(load_config(name))
 
 
-def weightless(config: Any) -> PreTrainedModel:
-    """Return the model of a transformers config on the meta device: names and shapes, no values, no memory."""
+def weightless(config: Any, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Return the model of a transformers config on the meta device: names and shapes, no values, no memory.
+
+    `dtype` is that of its tensors; None is transformers' choice for this config.
+    """
     import torch
 
+    options = {} if dtype is None else {"dtype": dtype}
     with torch.device("meta"):
-        model: PreTrainedModel = auto_class(config).from_config(config)
+        model: PreTrainedModel = auto_class(config).from_config(config, **options)
     return model
 
 
@@ -107,6 +114,11 @@ def load_model(name: str, *, dtype: Dtype = "auto", device: str | None = None) -
     location = model_location(name)
     if Path(location).suffix == ".json":
         raise ConfigError(f"{name}: is a config without weights. This needs a model directory or a hub id.")
+    if Path(location).is_dir():
+        try:
+            _check_files(Path(location))
+        except ConfigError as error:
+            raise ConfigError(f"model {name!r}: weights cannot be loaded: {error}") from None
     try:
         model: PreTrainedModel
         model, loading = auto_class(config).from_pretrained(
@@ -130,6 +142,17 @@ def load_model(name: str, *, dtype: Dtype = "auto", device: str | None = None) -
     # The name that plans and adapters show is what the user typed, not where it was found.
     model.config.name_or_path = name
     return model.to(device) if device else model
+
+
+def _check_files(directory: Path) -> None:
+    """Raise `ConfigError` for a model directory whose files lie, before anything is allocated for them."""
+    if (directory / "adapter_config.json").exists():
+        raise ConfigError(
+            f"{directory}: holds adapter_config.json beside a model, and transformers would load the model that is named "
+            "there instead. Move the adapter to a directory of its own."
+        )
+    if (directory / WEIGHTS).exists() or (directory / INDEX).exists():
+        read_checkpoint(directory)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

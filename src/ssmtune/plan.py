@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
+
+import pydantic
 
 from ssmtune.budget import Budget, Chosen, fit_budget
 from ssmtune.component import BRANCH, Component
@@ -107,16 +109,7 @@ class Plan:
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """Read a plan back. Raises `PlanMismatch` when fields are missing or the counts contradict the sites."""
         try:
-            sites = tuple(
-                Site(
-                    **{
-                        **site,
-                        "shape": tuple(site["shape"]),
-                        "rows": None if site["rows"] is None else tuple(map(tuple, site["rows"])),
-                    }
-                )
-                for site in data["sites"]
-            )
+            sites = tuple(_read_site(site) for site in data["sites"])
             plan = cls(
                 model=data["model"],
                 inventory_digest=data["inventory_digest"],
@@ -127,14 +120,25 @@ class Plan:
                 budget=None if data.get("budget") is None else Budget(**data["budget"]),
             )
             trainable = data["trainable"]
-        except (KeyError, TypeError) as error:
-            raise PlanMismatch(f"plan: a field is missing or malformed ({error}). Make the plan again.") from None
+        except (KeyError, TypeError, ValueError) as error:
+            problem = str(error).replace("\n", " ")
+            raise PlanMismatch(f"plan: a field is missing or malformed ({problem}). Make the plan again.") from None
+        if not all(isinstance(value, str) for value in (plan.model, plan.inventory_digest, plan.recipe)):
+            raise PlanMismatch("plan: model, inventory_digest and recipe must be text. Make the plan again.")
         if plan.trainable != trainable:
             raise PlanMismatch(
                 f"plan: says {trainable:,} trainable parameters, its sites add up to {plan.trainable:,}. "
                 "It was edited by hand or damaged; make it again."
             )
         return plan
+
+
+def _read_site(data: Mapping[str, Any]) -> Site:
+    """A site from plain data, with every type checked. Raises `ValueError`, `KeyError` or `TypeError`."""
+    unknown = sorted(set(data) - {field.name for field in fields(Site)})
+    if unknown:
+        raise ValueError(f"unknown field {unknown[0]!r} of a site")
+    return pydantic.TypeAdapter(Site).validate_python(dict(data))
 
 
 def make_plan(
@@ -288,3 +292,21 @@ def _refuse_mixture(sites: list[Site]) -> None:
             "are one or the other as a whole. Use one of the methods for these sites; row ranges and tensors that are "
             "read raw may have another."
         )
+
+
+def refuse_other_model(model: PreTrainedModel, plan: Plan) -> Inventory:
+    """Return the model's inventory. Raises `PlanMismatch` for a plan of another, or with sites that it does not have."""
+    inventory = take_inventory(model)
+    if inventory.digest != plan.inventory_digest:
+        raise PlanMismatch(
+            f"the plan was made for {plan.model} (inventory {plan.inventory_digest}), this model is {inventory.model_type} "
+            f"with inventory {inventory.digest}. Make a plan for this model."
+        )
+    known = {(c.path, c.rows, c.shape) for c in inventory.everything}
+    for site in plan.sites:
+        if (site.path, site.rows, site.shape) not in known:
+            raise PlanMismatch(
+                f"the plan edits {site.key[:200]} of shape {site.shape}, which this model does not have. The plan was altered; "
+                "make it again."
+            )
+    return inventory

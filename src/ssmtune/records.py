@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from ssmtune.config import loads_strictly
 from ssmtune.errors import RecordError
 
 Status = Literal["done", "failed", "aborted", "provisional"]
@@ -26,6 +27,9 @@ Kind = Literal[
 
 STAMP = "COMMIT"
 """Beside this file, in a copy made without version control: the commit it was made from."""
+
+MAX_RECORD_BYTES = 1 << 28
+"""A file that unpacks to more is no record: a study of thousands of runs takes a tenth of it."""
 
 PACKAGES = ("ssmtune", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "triton")
 
@@ -112,11 +116,14 @@ def read_record(path: Path | str, *, kind: Kind | None = None) -> dict[str, Any]
     """Read a record. Raises `RecordError` when it is missing, truncated, no record, or not of `kind`."""
     path = Path(path)
     try:
-        payload = path.read_bytes()
-        value = json.loads(gzip.decompress(payload) if path.suffix == ".gz" else payload)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            payload = stream.read(MAX_RECORD_BYTES + 1)
+        if len(payload) > MAX_RECORD_BYTES:
+            raise RecordError(f"{path}: holds more than {MAX_RECORD_BYTES:,} bytes, so it is no record of ssmtune.")
+        value = loads_strictly(payload.decode("utf-8"))
     except FileNotFoundError:
         raise RecordError(f"{path}: no such record. Run the stage that writes it first.") from None
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise RecordError(
             f"{path}: not a readable record ({error}). It may be truncated; run the stage again."
         ) from None

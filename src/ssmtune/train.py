@@ -325,7 +325,8 @@ def plan_summary(adapted: AdaptedModel) -> dict[str, Any]:
 
 def survival(adapted: AdaptedModel) -> list[dict[str, Any]]:
     """Share of each role's change that survives rounding to bf16, for roles whose tensors fit the check."""
-    from ssmtune.merge import survival_by_role, survival_report
+    from ssmtune.merge import survival_report
+    from ssmtune.rounding import survival_by_role
 
     return survival_by_role(survival_report(adapted))
 

@@ -49,8 +49,10 @@ OPTIONS = {
         "gguf",
         "json_output",
     },
-    "merge": {"run", "out", "model", "dtype", "restore", "json_output"},
+    "merge": {"run", "out", "model", "dtype", "restore", "core_float32", "json_output"},
     "export": {"run", "to", "out", "model", "type_", "dtype", "drop_extras", "bake_extras", "json_output"},
+    "adapters": {"directories", "json_output"},
+    "diff": {"a", "b", "rows", "json_output"},
     "study": {"study_yaml", "devices", "dry_run", "json_output"},
     "report": {"directory", "out", "title"},
     "doctor": {"leak", "device", "json_output"},
@@ -224,6 +226,8 @@ def test_doctor_names_a_leak_and_fails(case: Case, tmp_path: Path, run: Run, mon
         (["export", "nowhere", "--to", "gguff", "--out", "x"], ["gguff", "'gguf'"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml"]),
         (["report", "nowhere"], ["nowhere"]),
+        (["adapters", "nowhere"], ["nowhere", "no adapter directory"]),
+        (["diff", "nowhere", "elsewhere"], ["nowhere"]),
     ],
 )
 def test_a_wrong_request_is_one_message_and_exit_2(arguments: list[str], words: list[str], run: Run) -> None:

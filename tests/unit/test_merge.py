@@ -7,8 +7,9 @@ import torch
 from contracts.tiny import logits_of, randomise, tiny_inventory, tiny_model, tiny_tokens
 
 from ssmtune.attach import attach, load
-from ssmtune.merge import effective_tensors, merge, survival_by_role, survival_report
+from ssmtune.merge import effective_tensors, merge, survival_report
 from ssmtune.plan import make_plan
+from ssmtune.rounding import survival_by_role
 
 DENSE = ("granite_hybrid", "dense")
 
@@ -35,6 +36,25 @@ def test_bf16_merge_rounds_the_fp32_sum_once() -> None:
         # The product of two fp32 matrices may be summed in another order and tip a value over a rounding edge.
         assert float((found != expected).float().mean()) <= 1e-3, site.path
         assert float((found.float() - expected.float()).abs().max()) <= float(expected.abs().max()) * 2**-7
+
+
+def test_packed_experts_of_a_bf16_base_are_rounded_once() -> None:
+    """PEFT gives their change in the dtype of the base; the exact value is that of the same base held in fp32."""
+    case = ("granite_hybrid", "moe")
+    adapted, wide = (
+        attach(model, make_plan(model, "all"))
+        for model in (tiny_model(case, dtype=torch.bfloat16), tiny_model(case, dtype=torch.bfloat16).float())
+    )
+    randomise(adapted)
+    with torch.no_grad():
+        for name, parameter in wide.trained_parameters().items():
+            parameter.copy_(adapted.trained_parameters()[name])
+    expected = effective_tensors(wide)
+    packed = [path for path, value in expected.items() if value.dim() == 3]
+    assert packed
+    found = effective_tensors(adapted)
+    assert all(torch.equal(found[path], expected[path]) for path in packed)
+    assert {p.dtype for name, p in adapted.named_parameters() if "lora_" not in name} == {torch.bfloat16}
 
 
 def test_effective_tensors_change_nothing() -> None:

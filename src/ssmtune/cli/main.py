@@ -8,8 +8,10 @@ import sys
 import typer
 
 from ssmtune.cli import (
+    adapters,
     bench,
     demo,
+    diff,
     doctor,
     evaluate,
     export,
@@ -43,6 +45,8 @@ app.command("verify")(verify.verify)
 app.command("evaluate")(evaluate.evaluate)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
+app.command("adapters")(adapters.adapters)
+app.command("diff")(diff.diff)
 app.command("study")(study.study)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)

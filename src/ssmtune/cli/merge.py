@@ -19,11 +19,17 @@ def merge(
     restore: Annotated[
         str, typer.Option(help="Roles whose edits are given up, separated by commas: attn.q,attn.k.")
     ] = "",
+    core_float32: Annotated[
+        bool, typer.Option("--core-float32", help="Keep A_log, D and dt_bias in fp32 in the file.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print what was merged as JSON.")] = False,
 ) -> None:
     """Write the merged model, with tokenizer, and say how much of each role's change survives its precision.
 
-    Example: [cyan]ssmtune merge runs/first --out merged[/cyan]
+    The base is read and written one tensor at a time, so a model larger than the memory can be merged.
+
+    Examples: [cyan]ssmtune merge runs/first --out merged[/cyan] .
+    [cyan]ssmtune merge adapter --model base --out merged --dtype float32 --json[/cyan]
     """
     quiet_libraries()
     from ssmtune.merge import merge_to
@@ -31,7 +37,16 @@ def merge(
 
     if dtype not in get_args(Dtype):
         raise ConfigError(f"--dtype {dtype!r}: {nearest(dtype, get_args(Dtype))}.")
-    result = merge_to(run, out, model=model, dtype=cast(Dtype, dtype), restore=split_list(restore))
+    result = merge_to(
+        run,
+        out,
+        model=model,
+        dtype=cast(Dtype, dtype),
+        restore=split_list(restore),
+        core_float32=core_float32,
+        on_message=words.print,
+        progress=not json_output,
+    )
     if json_output:
         print_result(result)
         return
@@ -46,4 +61,16 @@ def merge(
             f"{row['max_abs_delta']:.2e}",
         )
     print_table(table)
+    worst = max(result["rounding"], key=lambda row: row["max"], default=None)
+    if worst is not None:
+        words.print(
+            f"Rounding moved stored values from the exact ones by at most {worst['max']:.2e} ({worst['path']}, on average "
+            f"{worst['mean']:.2e} there)."
+        )
+    if result["prompts"] is not None:
+        words.print(
+            f"Beside the adapted model, logits differ by at most {result['prompts']['max']:.2e} of the largest."
+        )
+    if result["left_out"]:
+        words.print(f"Left out, since the model has no use for them: {', '.join(result['left_out'][:5])}.")
     words.print("Load it with transformers.AutoModelForCausalLM.from_pretrained; ssmtune is not needed for that.")
