@@ -15,8 +15,9 @@ from torch.nn.utils import parametrize
 
 from ssmtune import adapter_files
 from ssmtune.adapter_files import SavedAdapter, refuse_other_base
-from ssmtune.attach import AdaptedModel, owner_of
+from ssmtune.attach import AdaptedModel
 from ssmtune.base_digest import digest_of_samples, sample_of
+from ssmtune.base_tensors import owner_of
 from ssmtune.checkpoint import DTYPES, ShardWriter, read_checkpoint
 from ssmtune.errors import CheckFailed, ConfigError
 from ssmtune.merged_files import copy_beside, write_config

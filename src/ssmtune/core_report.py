@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from ssmtune.attach import base_tensor, owner_of
+from ssmtune.base_tensors import base_tensor, owner_of
 from ssmtune.families.base import find_family
 from ssmtune.inventory import take_inventory
 from ssmtune.models import weightless

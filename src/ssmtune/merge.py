@@ -15,9 +15,10 @@ from peft.tuners.lora.layer import LoraLayer
 
 from ssmtune import adapter_files
 from ssmtune.adapter_files import OUR_TENSORS, PEFT_TENSORS, SavedAdapter
-from ssmtune.attach import AdaptedModel, base_tensor, load, owner_of
+from ssmtune.attach import AdaptedModel, load
 from ssmtune.base_digest import base_digest
 from ssmtune.base_stream import StreamedBase, place_tensor
+from ssmtune.base_tensors import base_tensor, owner_of
 from ssmtune.errors import AttachError, CheckFailed, ConfigError
 from ssmtune.merged_files import copy_beside, refuse_merged, write_provenance
 from ssmtune.methods._low_rank import decomposed

@@ -16,7 +16,8 @@ from planting import Make, Run, replace_operation
 from safetensors.torch import load_file, save_file
 
 from ssmtune import operations
-from ssmtune.attach import AdaptedModel, attach, base_tensor, load
+from ssmtune.attach import AdaptedModel, attach, load
+from ssmtune.base_tensors import base_tensor
 from ssmtune.errors import AdapterMismatch, AttachError, PlacementError
 from ssmtune.families.base import get_family
 from ssmtune.ops.causal_conv1d import causal_conv1d_update

@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from planting import Make, Run, make_base
 from safetensors.torch import load_file, save_file
 
-from ssmtune.attach import AdaptedModel, base_tensor, load
+from ssmtune.attach import AdaptedModel, load
+from ssmtune.base_tensors import base_tensor
 from ssmtune.errors import AdapterMismatch
 from ssmtune.records import file_sha256
 from ssmtune.verify import verify

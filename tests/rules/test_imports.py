@@ -32,7 +32,7 @@ ORDER = (
     },
     {"ops"},
     {"families", "methods", "tasks", "data", "models", "s4d_model", "llamacpp"},
-    {"operations", "virtual_tokens", "base_digest", "branches", "weight_units", "rounding"},
+    {"operations", "virtual_tokens", "base_digest", "base_tensors", "branches", "weight_units", "rounding"},
     {"inventory", "probe"},
     {"placement", "budget"},
     {"plan"},

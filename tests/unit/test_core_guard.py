@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from contracts.tiny import CASES, Case, loss_of, tiny_config, tiny_inventory, tiny_model, tiny_tokens
 from tolerances import OP_FP32
 
-from ssmtune.attach import attach, base_tensor
+from ssmtune.attach import attach
+from ssmtune.base_tensors import base_tensor
 from ssmtune.core_guard import FASTEST, SLOWEST, STEPS, DecayGuard
 from ssmtune.core_report import describe_core
 from ssmtune.families.base import get_family

@@ -16,7 +16,8 @@ from tolerances import LOGITS_FP32, largest_difference
 from transformers import MambaConfig
 
 from ssmtune import adapter_files, selection
-from ssmtune.attach import attach, base_tensor, load
+from ssmtune.attach import attach, load
+from ssmtune.base_tensors import base_tensor
 from ssmtune.errors import AdapterMismatch, AttachError, ConfigError, PlacementError, TrainingFailed
 from ssmtune.merge import merge
 from ssmtune.methods._sdt_choice import Member, choose_entries

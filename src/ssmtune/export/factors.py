@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from torch import nn
 
-from ssmtune.attach import base_tensor, names_by_tensor, owner_of
+from ssmtune.base_tensors import base_tensor, names_by_tensor, owner_of
 from ssmtune.errors import ConfigError
 from ssmtune.methods.base import get_method
 from ssmtune.methods.lora import effective_alpha

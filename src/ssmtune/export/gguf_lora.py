@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssmtune import adapter_files
-from ssmtune.attach import base_tensor, load
+from ssmtune.attach import load
+from ssmtune.base_tensors import base_tensor
 from ssmtune.errors import CheckFailed, ConfigError
 from ssmtune.export.agreement import check_gguf
 from ssmtune.export.base import ExportConfig, Target, refuse_existing, refuse_unmergeable

@@ -13,7 +13,8 @@ from safetensors.torch import save
 
 from ssmtune import adapter_files
 from ssmtune.adapter_files import PEFT_CONFIG, PEFT_TENSORS, SavedAdapter
-from ssmtune.attach import load, owner_of
+from ssmtune.attach import load
+from ssmtune.base_tensors import owner_of
 from ssmtune.errors import CheckFailed, ConfigError
 from ssmtune.export.base import ExportConfig, Target, refuse_existing, refuse_unmergeable
 from ssmtune.export.factors import PREFIX, Factors, split_sites

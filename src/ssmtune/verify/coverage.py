@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from peft.tuners.lora.layer import LoraLayer
 from torch.nn.utils import parametrize
 
-from ssmtune.attach import owner_of
+from ssmtune.base_tensors import owner_of
 from ssmtune.inventory import Inventory, coverage_table, take_inventory
 from ssmtune.methods.lora import effective_alpha
 from ssmtune.peft_layers import module_name

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssmtune.attach import base_name
 from ssmtune.base_digest import base_digest
+from ssmtune.base_tensors import base_name
 from ssmtune.errors import ConfigError
 from ssmtune.models import Dtype, load_model
 

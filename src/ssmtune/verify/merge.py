@@ -8,7 +8,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 
 from ssmtune.adapter_files import discarded_paths
-from ssmtune.attach import base_tensor, load, owner_of
+from ssmtune.attach import load
+from ssmtune.base_tensors import base_tensor, owner_of
 from ssmtune.errors import AttachError
 from ssmtune.merge import merge
 from ssmtune.methods.lora import effective_alpha

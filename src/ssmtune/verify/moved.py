@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssmtune.attach import base_tensor
+from ssmtune.base_tensors import base_tensor
 from ssmtune.merge import survival_report
 from ssmtune.methods._sparse import Sparse
 from ssmtune.methods.base import get_method
