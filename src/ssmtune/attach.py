@@ -68,12 +68,11 @@ class AdaptedModel(PeftModelForCausalLM):
                 super().__init__(model, lora_config(plan))
             settle_magnitudes(model)
             _apply_edits(model, plan, self.edits)
-            _apply_states(model, plan, self.edits)
-            if any(site.role in ("state.prompt", "state.prefix") for site in plan.sites):
-                self._operations.hooks.extend(install_virtual_tokens(model, find_family(model.config.model_type)[1]))
             if any(site.container == "branch" for site in plan.sites):
                 object.__setattr__(self, "_branches", BranchHooks(model, find_family(model.config.model_type)[1]))
-                _apply_branches(model, plan, self.edits, self._branches)
+            _apply_additions(model, plan, self.edits, self._branches)
+            if any(site.role in ("state.prompt", "state.prefix") for site in plan.sites):
+                self._operations.hooks.extend(install_virtual_tokens(model, find_family(model.config.model_type)[1]))
             choose_at_attach(plan, self.edits, lambda site: _site_tensor(model, site))
         except BaseException:
             self._take_off(model)
@@ -265,35 +264,25 @@ def _apply_edits(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit
             parametrize.register_parametrization(owner, name, edit, unsafe=True)
 
 
-def _apply_states(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit]) -> None:
-    """Put the plan's additions to the recurrences into their modules, where the operations find them."""
+def _apply_additions(
+    model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit], branches: BranchHooks | None
+) -> None:
+    """Put states into their recurrences, where the operations find them, and branches into their blocks, which hooks run."""
     for site in plan.sites:
-        if site.container != "state":
+        if not site.is_added:
             continue
         method = get_method(site.method)
-        assert method.make_state is not None
+        make = method.make_state if site.container == "state" else method.make_branch
+        assert make is not None
         parent, _, name = site.path.rpartition(".")
         module = model.get_submodule(parent)
         options = decode(method.Options, site.options, where=f"plan, {site.path}")
-        edit = method.make_state(site.shape, options).to(next(module.parameters(), next(model.parameters())).device)
+        edit = make(site.shape, options).to(next(module.parameters(), next(model.parameters())).device)
         module.add_module(name, edit)
         edits[site.key] = cast(TensorEdit, edit)
-
-
-def _apply_branches(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit], hooks: BranchHooks) -> None:
-    """Put the plan's branches into their blocks, and let `hooks` run them there."""
-    for site in plan.sites:
-        if site.container != "branch":
-            continue
-        method = get_method(site.method)
-        assert method.make_branch is not None
-        parent, _, name = site.path.rpartition(".")
-        block = model.get_submodule(parent)
-        options = decode(method.Options, site.options, where=f"plan, {site.path}")
-        branch = method.make_branch(site.shape, options).to(next(block.parameters()).device)
-        block.add_module(name, branch)
-        edits[site.key] = cast(TensorEdit, branch)
-        hooks.add(parent, block, branch)
+        if site.container == "branch":
+            assert branches is not None
+            branches.add(parent, module, edit)
 
 
 def _site_tensor(model: nn.Module, site: Site) -> torch.Tensor:
