@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ STUDY = ROOT / "records/studies/granite/study.json.gz"
 S4_REGRESSION = ROOT / "records/studies/s4-regression.json.gz"
 BENCH = ROOT / "records/bench"
 CPU = BENCH / "operations-cpu.json"
+POSITIONS = {"state.prompt", "state.prefix"}
+"""Roles of learned positions, which lie before the whole model and are no part of a recurrence."""
 HANKEL_STEP = BENCH / "hankel-step-cpu.json"
 TRACKING = ROOT / "records/studies/state-tracking.json.gz"
 METHOD_FAMILIES = ROOT / "src/ssmtune/assets/method_families.json"
@@ -41,18 +44,53 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+@lru_cache
+def usable_methods() -> dict[str, dict[str, str]]:
+    """Family -> method that it can take -> group of the components that the method edits there."""
+    found: dict[str, dict[str, str]] = {}
+    for name in family_names():
+        configs = get_family(name).tiny_configs().values()
+        components = [c for config in configs for c in take_inventory(weightless(config)).everything]
+        found[name] = {}
+        for method in method_names():
+            groups = [c.role if c.role in POSITIONS else c.group for c in components if get_method(method).allows(c)]
+            if groups:
+                found[name][method] = groups[0]
+    return found
+
+
 def families() -> str:
     """Which family can take which method: a method is usable where one of its roles exists."""
     methods = list(method_names())
     rows = []
-    for name in family_names():
-        family = get_family(name)
-        components = [
-            c for config in family.tiny_configs().values() for c in take_inventory(weightless(config)).everything
-        ]
-        usable = ["yes" if any(get_method(m).allows(c) for c in components) else "-" for m in methods]
-        rows.append([name, ", ".join(f"`{t}`" for t in family.model_types), family.topology, *usable])
+    for name, usable in usable_methods().items():
+        cells = ["yes" if method in usable else "-" for method in methods]
+        rows.append([*family_cells(name), *cells])
     return table(["family", "model types", "topology", *methods], rows)
+
+
+def families_by_kind() -> str:
+    """The same by what a method edits: a kind is marked where all of its methods apply, else those that do are named."""
+    kinds: dict[str, list[str]] = {"weights": [], "core": [], "state": [], "block": [], "prompt": []}
+    for method in method_names():
+        groups = {usable[method] for usable in usable_methods().values() if method in usable}
+        kind = next((k for k in ("core", "state", "block") if k in groups), "weights")
+        kinds["prompt" if groups & POSITIONS else kind].append(method)
+    rows = []
+    for name, usable in usable_methods().items():
+        cells = []
+        for methods in kinds.values():
+            there = [f"`{method}`" for method in methods if method in usable]
+            cells.append("yes" if len(there) == len(methods) else ", ".join(there) or "-")
+        rows.append([*family_cells(name), *cells])
+    words = "; ".join(f"{kind}: {', '.join(f'`{method}`' for method in methods)}" for kind, methods in kinds.items())
+    return f"{words}.\n\n" + table(["family", "model types", "topology", *kinds], rows)
+
+
+def family_cells(name: str) -> list[str]:
+    """A family's name, model types and topology."""
+    family = get_family(name)
+    return [name, ", ".join(f"`{t}`" for t in family.model_types), family.topology]
 
 
 def roles() -> str:
@@ -498,7 +536,7 @@ def merge_cost() -> str:
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"headline": study_headline, "families": families},
+    "README.md": {"headline": study_headline, "families": families_by_kind},
     "docs/families.md": {"families": families, "roles": roles},
     "docs/methods/README.md": {"methods": methods},
     "docs/verify.md": {"checks": checks, "faults": planted_faults},
