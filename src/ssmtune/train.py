@@ -150,7 +150,7 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
 
 def to_settings(config: TrainConfig) -> dict[str, Any]:
     """The config as plain data, without where it is written to: what decides the outcome."""
-    settings = asdict(config)
+    settings = _plain(asdict(config))
     del settings["output_dir"]
     return settings
 
@@ -164,8 +164,8 @@ def _earlier_run(run_dir: Path, settings: dict[str, Any]) -> dict[str, Any] | No
     if not (run_dir / RECORD).exists():
         return None
     record = read_record(run_dir / RECORD, kind="train")
-    if digest(record["config"]) != digest(_plain(settings)):
-        changed = sorted(k for k in settings if _plain(settings)[k] != record["config"].get(k))
+    if digest(record["config"]) != digest(settings):
+        changed = sorted(k for k in settings if settings[k] != record["config"].get(k))
         raise ConfigError(
             f"{run_dir}: holds a run with another config (differs in {', '.join(changed)}). "
             "Choose another output_dir, or delete that one."

@@ -225,8 +225,8 @@ def test_an_initial_state_that_padding_wears_down(
     assert run("padding", adapted).ok and run("packing", adapted).ok
     note = operations._note_call
 
-    def forgetful(call: Any) -> Any:
-        hook = note(call)
+    def forgetful(call: Any, family: Any) -> Any:
+        hook = note(call, family)
 
         def without_mask(module: Any, args: Any, kwargs: Any) -> None:
             hook(module, args, kwargs)

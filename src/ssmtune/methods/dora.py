@@ -67,5 +67,6 @@ METHOD = Method(
     needs_tensor=lambda shape, options: len(shape) == 3,
     peft_switches={"use_dora": True},
     decay_factor=lambda role, name, options: 0.0 if "magnitude" in name else 1.0,
+    waits=("lora_A",),
     recipes={"dora": (Edit(method="dora", select=EVERY_PROJECTION),)},
 )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def _allows(component: Component) -> bool:
     """Whole tensors of every group but the core, which has a method of its own, and what no text reaches."""
-    return component.rows is None and component.group not in ("core", "state", "other")
+    return component.rows is None and component.group not in ("core", "state", "block", "other")
 
 
 def _make_edit(weight: torch.Tensor, rows: Rows, options: object) -> nn.Module:

@@ -71,5 +71,6 @@ METHOD = Method(
     size_option="rank",
     # The scale starts at one: decay would pull the weight to zero with it.
     decay_factor=lambda role, name, options: 0.0 if name == "lora_scale" else 1.0,
+    waits=("lora_A",),
     recipes={"prodial": (Edit(method="prodial", select=("recurrent",)),)},
 )
