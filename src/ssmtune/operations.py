@@ -14,6 +14,7 @@ from ssmtune.component import layer_of
 from ssmtune.errors import AttachError
 from ssmtune.families.base import Family
 from ssmtune.ops.affix import run_affix
+from ssmtune.ops.membrane import driven_gate
 from ssmtune.ops.seam import STATES, Call, rebind, replace_methods, restore
 from ssmtune.packing import documents_of, segment_index
 
@@ -60,6 +61,9 @@ def install_operations(model: PreTrainedModel, family: Family) -> InstalledOpera
             replace_methods(module, methods)
             installed.replaced.append((module, tuple(methods)))
         installed.hooks.append(module.register_forward_pre_hook(_note_call(call, family), with_kwargs=True))
+        gated_norm = dict(module.named_children()).get(family.gated_norm)
+        if gated_norm is not None:
+            installed.hooks.append(gated_norm.register_forward_pre_hook(_drive_gate(call, module)))
     if family.prepare_packed is not None:
         backbone = model.get_submodule(family.backbone)
         hook = _separate_documents(family)
@@ -70,6 +74,17 @@ def install_operations(model: PreTrainedModel, family: Family) -> InstalledOpera
 def recurrent_modules(model: nn.Module, family: Family) -> list[nn.Module]:
     """Return the modules of `model` that carry a state from token to token, in model order."""
     return [module for module in model.modules() if type(module).__name__ in family.recurrent_classes]
+
+
+def _drive_gate(call: Call, module: nn.Module) -> Any:
+    layer: Any = module.layer_idx
+
+    def hook(norm: nn.Module, args: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the norm the gate with what membranes add to it."""
+        output, gate = args
+        return output, driven_gate(call, layer, gate)
+
+    return hook
 
 
 def _note_call(call: Call, family: Family) -> Any:

@@ -125,6 +125,7 @@ STATES = tuple(
         ("state_offset_y", "output_offset"),
         ("affix", "affix"),
         ("additional_scan", "additional_scan"),
+        ("memba", "membrane"),
     )
 )
 """Everything that can be added to a recurrence at once, beside LoRA: the recipe "states" of these tests."""
@@ -143,7 +144,13 @@ def whole_plan(recipe: str, case: Case) -> Plan:
         return make_plan(tiny_model(case), Recipe(name="branches", edits=edits))
     if recipe == "states":
         there = {c.role for c in tiny_inventory(case).states}
-        edits = tuple(Edit(method=method, select=(role,)) for method, role in STATES if role in there)
+        # Chunks that end within the tests' short documents.
+        options = {"memba": {"chunk": 3}}
+        edits = tuple(
+            Edit(method=method, select=(role,), options=options.get(method, {}))
+            for method, role in STATES
+            if role in there
+        )
         edits += (Edit(method="lora", select=("mlp", "recurrent")),)
         return make_plan(tiny_model(case), Recipe(name="states", edits=edits))
     # A rank that no tiny model has as one of its sizes, so that a swapped axis changes the counts.

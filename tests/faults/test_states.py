@@ -10,7 +10,7 @@ from planting import Make, Run
 from ssmtune.methods._positions import Positions
 
 
-@pytest.mark.parametrize("recipe", ["initial-state", "affix", "additional-scan", "prompt", "prefix"])
+@pytest.mark.parametrize("recipe", ["initial-state", "affix", "additional-scan", "memba", "prompt", "prefix"])
 def test_sound_adapters_pass(recipe: str, make: Make, run: Run) -> None:
     adapted = make(recipe)
     for check in ("coverage", "liveness"):
@@ -26,6 +26,14 @@ def test_positions_that_a_cached_pass_leaves_out(make: Make, run: Run, monkeypat
     assert "affix.table on path decode from the first token" in result.where
     agree = run("paths_agree", adapted)
     assert not agree.ok and "decode, token 0" in agree.where
+
+
+def test_membranes_that_a_cache_does_not_keep(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make("memba")
+    assert run("paths_agree", adapted).ok
+    monkeypatch.setattr("ssmtune.ops.membrane._keep", lambda layer, leaving: None)
+    result = run("paths_agree", adapted)
+    assert not result.ok and "decode" in result.where
 
 
 def test_positions_that_are_fewer_than_planned(make: Make, run: Run) -> None:

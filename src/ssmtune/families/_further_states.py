@@ -89,6 +89,7 @@ def _keep_window(states: Any, window_BRK: torch.Tensor | None, x_BRT: torch.Tens
     states.number_of_states = FURTHER + 1
     states.conv_states[FURTHER] = inputs[..., inputs.shape[-1] - num_kept :]
     states.conv_kernel_size[FURTHER] = num_kept
-    states.recurrent_states[FURTHER] = None
-    states.is_recurrent_states_initialized[FURTHER] = False
+    # Membranes (`ops.membrane`) may lie there already.
+    states.recurrent_states.setdefault(FURTHER, None)
+    states.is_recurrent_states_initialized.setdefault(FURTHER, False)
     states.is_conv_states_initialized[FURTHER] = states.has_previous_state[FURTHER] = True

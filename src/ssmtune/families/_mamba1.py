@@ -59,6 +59,7 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
 
     from ssmtune.ops.documents import scan_from_state
     from ssmtune.ops.mamba1_selective_scan import mamba1_selective_scan, mamba1_state_update
+    from ssmtune.ops.membrane import driven_gate
 
     layer: Any = module.layer_idx
 
@@ -97,6 +98,7 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
 
         channels = _channels(A)
         x_BTD, dt_BTD, B_BTN, C_BTN, z_BTD = (tensor.transpose(1, 2) for tensor in (x, dt, B, C, extra["z"]))
+        z_BTD = driven_gate(call, layer, z_BTD)
         A_wide, B_wide, C_wide = widened(x_BTD, A, B_BTN, C_BTN)
         y, final = scan_from_state(
             _restricted(call, channels),
@@ -113,6 +115,7 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
         state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, *, z: Any, dt_bias: Any, dt_softplus: bool
     ) -> Any:
         A_wide, B_wide, C_wide = widened(x, A, B, C)
+        z = driven_gate(call, layer, z)
         y = mamba1_state_update(
             state, x, dt, A_wide, B_wide, C_wide, D_D=D, z_BD=z, dt_bias_D=dt_bias, dt_softplus=dt_softplus
         )
@@ -135,6 +138,7 @@ def states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
         "state_offset": (channels, size),
         "output_offset": (channels,),
         "additional_scan": (channels, size),
+        "membrane": (channels,),
     }
 
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ssmtune.ops.seam import Call
 
 
+GATED_NORM = "norm"
+"""Name of the mixer's module that takes the recurrence's output and its gate z."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Widths of a mixer: inner channels, states of B (and of C) over all groups, heads."""
@@ -140,8 +144,12 @@ def operations(module: nn.Module, call: Call) -> Mapping[str, Callable[..., Any]
 
 def states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
     """Shapes of what can be added to the recurrence: H heads of width P, N states."""
+    from torch import nn
+
     mixer: Any = module
     heads, width, size = mixer.num_heads, mixer.head_dim, mixer.ssm_state_size
+    # Without a norm (an identity in Falcon-H1) the gate is multiplied where nothing of ours is called.
+    is_reached = not isinstance(mixer.get_submodule(GATED_NORM), nn.Identity)
     return {
         "initial_state": (heads, width, size),
         "state_offset": (heads, width, size),
@@ -153,6 +161,7 @@ def states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
             mixer.conv_kernel_size,
             int(mixer.conv1d.bias is not None),
         ),
+        **({"membrane": (mixer.intermediate_size,)} if is_reached else {}),
     }
 
 

@@ -85,6 +85,9 @@ class Family:
     entry_rows: Callable[[nn.Module], Mapping[str, tuple[tuple[int, int], ...]]] | None = None
     """For one recurrent module: name of each projection inside it whose output the convolution or the recurrence reads ->
     the [first, end) ranges of the output that they read; a gate's rows are not among them."""
+    gated_norm: str = ""
+    """Name of each recurrent module's submodule that takes its output and the gate z [B, T, D], where the gate reaches no
+    operation; "" where it does."""
     blocks: Mapping[str, str] = field(default_factory=dict)
     """Role of a block -> name of its module, with `{layer}`, where it is not the deepest module that holds all of the
     layer's claims of that group; "" where a layer has no module that a branch can run beside."""

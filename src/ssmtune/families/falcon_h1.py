@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from ssmtune.families._mamba2 import Sizes, entry_rows, mixer_claims, operations, states
+from ssmtune.families._mamba2 import GATED_NORM, Sizes, entry_rows, mixer_claims, operations, states
 from ssmtune.families._transformer import ATTENTION, EMBEDDINGS, LAYER, linear, prepare_packed_hybrid
 from ssmtune.families.base import Claim, Family
 
@@ -78,6 +78,7 @@ FAMILY = Family(
     recurrent_classes=("FalconH1Mixer",),
     operations=operations,
     states=states,
+    gated_norm=GATED_NORM,
     entry_rows=entry_rows,
     prepare_packed=prepare_packed_hybrid,
     tiny_configs=_tiny_configs,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from ssmtune.families._mamba2 import Sizes, entry_rows, mixer_claims, operations, states
+from ssmtune.families._mamba2 import GATED_NORM, Sizes, entry_rows, mixer_claims, operations, states
 from ssmtune.families._transformer import ATTENTION, EMBEDDINGS, LAYER, prepare_packed_hybrid
 from ssmtune.families.base import Claim, Family
 
@@ -86,6 +86,7 @@ FAMILY = Family(
     recurrent_classes=("GraniteMoeHybridMambaLayer",),
     operations=operations,
     states=states,
+    gated_norm=GATED_NORM,
     state_size="mamba_d_state",
     entry_rows=entry_rows,
     prepare_packed=prepare_packed_hybrid,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ssmtune.families._mamba2 import Sizes, entry_rows, mixer_claims, operations, states
+from ssmtune.families._mamba2 import GATED_NORM, Sizes, entry_rows, mixer_claims, operations, states
 from ssmtune.families.base import Claim, Family
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ FAMILY = Family(
     recurrent_classes=("Mamba2Mixer",),
     operations=operations,
     states=states,
+    gated_norm=GATED_NORM,
     state_size="state_size",
     entry_rows=entry_rows,
     prepare_packed=_prepare_packed,

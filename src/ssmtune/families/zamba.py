@@ -57,8 +57,9 @@ def _operations(module: nn.Module, call: Call) -> Mapping[str, Any]:
 
 
 def _states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
-    """As in Mamba-1, but for the additional scan: B and C are a head's own."""
-    return {name: shape for name, shape in _mamba1.states(module).items() if name != "additional_scan"}
+    """As in Mamba-1, but for what is one for the mixer and not a head's own: B and C of an additional scan, membranes."""
+    without = ("additional_scan", "membrane")
+    return {name: shape for name, shape in _mamba1.states(module).items() if name not in without}
 
 
 def _prepare_packed(backbone: nn.Module, position_ids: torch.Tensor, seq_idx: torch.Tensor) -> Mapping[str, Any]:

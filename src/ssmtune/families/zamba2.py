@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from ssmtune.component import Group
-from ssmtune.families._mamba2 import Sizes, entry_rows, mixer_claims, operations, states
+from ssmtune.families._mamba2 import GATED_NORM, Sizes, entry_rows, mixer_claims, operations, states
 from ssmtune.families._transformer import EMBEDDINGS, LAYER, linear, prepare_packed_hybrid
 from ssmtune.families.base import Claim, Family
 
@@ -92,6 +92,7 @@ FAMILY = Family(
     recurrent_classes=("Zamba2MambaMixer",),
     operations=operations,
     states=states,
+    gated_norm=GATED_NORM,
     state_size="mamba_d_state",
     entry_rows=entry_rows,
     prepare_packed=prepare_packed_hybrid,

@@ -17,7 +17,7 @@ from torch import nn
 
 from ssmtune.errors import AttachError
 
-STATES = ("initial_state", "state_offset", "output_offset", "affix", "additional_scan")
+STATES = ("initial_state", "state_offset", "output_offset", "affix", "additional_scan", "membrane")
 """Names under which a recurrent module holds trained additions to its recurrence."""
 
 
