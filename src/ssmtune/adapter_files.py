@@ -25,7 +25,7 @@ from ssmtune.base_digest import base_digest
 from ssmtune.checkpoint import Entry, inside, read_header
 from ssmtune.config import decode, read_json
 from ssmtune.errors import AdapterMismatch, ConfigError, PlanMismatch, nearest
-from ssmtune.methods.base import get_method
+from ssmtune.methods.base import Scheduled, get_method
 from ssmtune.plan import Plan
 from ssmtune.records import file_sha256, write_bytes, write_json
 from ssmtune.selection import put, sparse_edits
@@ -63,11 +63,11 @@ class SavedAdapter:
 def write(adapted: AdaptedModel, directory: Path, *, step: int, run_id: str, discard: bool = True) -> None:
     """Write the adapter of `adapted` to `directory`: the tensors first, the file that vouches for them last.
 
-    `discard=False` keeps the tensors that a control throws away, which a checkpoint needs in order to resume.
+    `discard=False` keeps the tensors that a control throws away and what only training needs: a checkpoint must resume.
     """
     directory.mkdir(parents=True, exist_ok=True)
     factors = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(adapted).items()}
-    dropped = discarded_paths(adapted.plan) if discard else set()
+    dropped = discarded_paths(adapted.plan) | _progress(adapted) if discard else set()
     extras = {name: p.detach().cpu().contiguous() for name, p in _kept(adapted, dropped).items()}
     extras |= {f"{key}.index": edit.index.cpu() for key, edit in _chosen(adapted).items()}
     # An older directory is invalid from here until its new ssmtune.json exists.
@@ -94,6 +94,12 @@ def write(adapted: AdaptedModel, directory: Path, *, step: int, run_id: str, dis
 def discarded_paths(plan: Plan) -> set[str]:
     """Tensors that the plan trains and, as a control, throws away on saving."""
     return {site.path for site in plan.sites if site.options.get("saved") is False}
+
+
+def _progress(adapted: AdaptedModel) -> set[str]:
+    """Names in the file of what only a continuation of the training needs."""
+    scheduled = {key: edit for key, edit in adapted.edits.items() if isinstance(edit, Scheduled)}
+    return {f"{key}.{name}" for key, edit in scheduled.items() for name in edit.progress()}
 
 
 def _kept(adapted: AdaptedModel, dropped: Collection[str]) -> dict[str, torch.Tensor]:

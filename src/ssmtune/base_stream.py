@@ -96,10 +96,9 @@ class StreamedBase:
             raise CannotStream(
                 f"attaching its adapter needs the base's values ({str(error).splitlines()[0]})"
             ) from None
-        for key, edit in adapted.edits.items():
-            values = [*edit.trained().values(), *edit.buffers()]  # type: ignore[attr-defined]
-            if key not in self.saved.discarded and any(value.is_meta for value in values):
-                raise CannotStream(f"the edit of {key} is made from the base's values")
+        for name, value in {**adapted.edit_parameters(), **adapted.edit_constants()}.items():
+            if value.is_meta and name not in self.saved.discarded:
+                raise CannotStream(f"the edit's {name} is made from the base's values")
         return adapted
 
     def path_of(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""How far the core moved, and what that does to the recurrence's memory; how far the gates of branches opened."""
+"""How far the core moved, and what that does to the recurrence's memory; gates of branches; ranks that were allocated."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ssmtune.base_tensors import base_tensor, owner_of
 from ssmtune.families.base import find_family
 from ssmtune.inventory import take_inventory
+from ssmtune.methods._adaptive import Adaptive
 from ssmtune.models import weightless
 
 if TYPE_CHECKING:
@@ -92,6 +93,17 @@ def describe_gates(adapted: AdaptedModel) -> list[dict[str, Any]]:
         gate = adapted.edits[site.key].trained()["gate"].detach().abs()
         sizes = {"mean_abs": float(gate.mean()), "max_abs": float(gate.max())}
         report.append({"layer": site.layer, "block": site.role.removeprefix("block."), **sizes})
+    return report
+
+
+def describe_ranks(adapted: AdaptedModel) -> list[dict[str, Any]]:
+    """Return for each site whose rank was allocated in training its layer, role, name, initial rank, and rank."""
+    report = []
+    for site in adapted.plan.sites:
+        edit = adapted.edits.get(site.key)
+        if isinstance(edit, Adaptive):
+            ranks = {"initial": edit.options.rank, "rank": edit.rank}
+            report.append({"layer": site.layer, "role": site.role, "site": site.key, **ranks})
     return report
 
 

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from ssmtune.component import GROUPS, Component
 from ssmtune.errors import ConfigError, PlacementError, nearest
 from ssmtune.inventory import Inventory
-from ssmtune.methods.base import Rows, get_method, method_names, refuse_not_offered
+from ssmtune.methods.base import Rows, get_method, method_names
 from ssmtune.recipe import EVERY_PROJECTION, Edit, Recipe
 
 TRANSFORMER_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -59,7 +59,6 @@ def named_recipe(
     ['lora', 'core']
     """
     recipes = _recipes()
-    refuse_not_offered(name)
     if name not in recipes:
         raise ConfigError(
             f"recipe {name!r} does not exist; {nearest(name, recipes)}. A YAML file can hold one of your own."

@@ -19,6 +19,7 @@ from ssmtune import adapter_files
 from ssmtune.core_guard import DecayGuard
 from ssmtune.packing import PackedCollator
 from ssmtune.records import file_sha256, write_json
+from ssmtune.schedules import Schedules
 from ssmtune.watch import ProgressBar, Watch
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class EditTrainer(SFTTrainer):
         self.adapted = adapted
         self.groups = grouped_parameters(adapted)
         self.guard = DecayGuard(adapted)
+        self.schedules = Schedules(adapted)
         self.tokens_seen = 0
         # `compute_loss` divides by the tokens of the whole step, so accumulated micro-batches simply add up.
         self.loss_is_scaled_for_ga = True
@@ -126,17 +128,19 @@ class EditTrainer(SFTTrainer):
     ) -> Any:
         """Return the cross entropy of the completions' tokens, summed and divided by their number in the whole step.
 
-        The model's own head runs on the positions that have a target and on no others.
+        The model's own head runs on the positions that have a target and on no others. In training each token has the
+        edits' penalty beside its own, so that a step has it once however its tokens are accumulated.
         """
         targets = inputs["targets"]
         with head_on(self.adapted, inputs["loss_positions"]):
             outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
         total = F.cross_entropy(outputs.logits.float(), targets, reduction="sum")
-        loss = total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
         if self.model.training:
             self.tokens_seen += inputs["num_tokens"]
+            total = total + len(targets) * self.schedules.penalty()
         else:
             self.evaluated.append((float(total), len(targets)))
+        loss = total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:

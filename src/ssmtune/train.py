@@ -91,7 +91,7 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
     a full disk; the record then says so and earlier checkpoints stay.
     """
     # Imported here, as everything that loads torch is, so that reading a config stays quick.
-    from ssmtune.core_report import describe_core, describe_gates
+    from ssmtune.core_report import describe_core, describe_gates, describe_ranks
 
     run_dir = Path(config.output_dir)
     settings = to_settings(config)
@@ -134,6 +134,7 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
                 "stages": [*stages, {"name": "training", "num_steps": trainer.args.max_steps}],
                 "core": describe_core(adapted),
                 "gates": describe_gates(adapted),
+                "ranks": describe_ranks(adapted),
                 "core_held": trainer.guard.num_held,
                 "survival": survival(adapted),
                 "seconds": time.time() - started,

@@ -50,6 +50,8 @@ class Watch(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.guard.apply()
+        # The step that was just made is counted only after this.
+        self.trainer.schedules.after_step(state.global_step + 1, state.max_steps)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         logs = logs or {}

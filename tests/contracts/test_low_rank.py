@@ -38,6 +38,9 @@ VARIANTS: dict[str, tuple[Case, str, tuple[str, ...], dict[str, Any]]] = {
     "dora-experts": (MOE, "dora", ("mlp",), {}),
     "dora-raw": (RAW, "dora", ("recurrent",), {}),
     "prodial": (RAW, "prodial", ("recurrent",), {}),
+    "adalora": (DENSE, "adalora", ALL, {}),
+    "adalora-rows": (DENSE, "adalora", ("ssm.in.x", "ssm.in.dt"), {}),
+    "adalora-raw": (RAW, "adalora", ("recurrent",), {}),
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -91,7 +94,7 @@ def test_loaded_start_is_the_saved_one(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(logits_of(load(tiny_model(case), tmp_path), tokens), expected)
 
 
-@pytest.mark.parametrize("variant", ["pissa", "pissa-rows", "dora", "dora-rows", "prodial"])
+@pytest.mark.parametrize("variant", ["pissa", "pissa-rows", "dora", "dora-rows", "prodial", "adalora-rows"])
 def test_start_on_a_bf16_base_is_the_base(variant: str) -> None:
     """PEFT's own DoRA takes its norms in bf16 and starts elsewhere; the frozen part is never rounded."""
     adapted, case = adapted_to(variant, dtype=torch.bfloat16)
@@ -230,3 +233,17 @@ def test_pissa_with_too_high_a_rank_is_refused() -> None:
 def test_an_option_that_no_edit_takes_is_refused() -> None:
     with pytest.raises(ConfigError, match="init 'pissa': no edit of recipe 'dora'"):
         named_recipe("dora", init="pissa")
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "words"),
+    [
+        (MOE, {}, "packs .* matrices"),
+        (DENSE, {"target_rank": 13}, "target_rank 13 is above the initial rank 12"),
+        (DENSE, {"initial_share": 0.6}, "leave no step"),
+    ],
+)
+def test_what_adalora_cannot_do_is_refused(case: Case, options: dict[str, Any], words: str) -> None:
+    recipe = Recipe(name="adaptive", edits=(Edit(method="adalora", select=ALL, options=options),))
+    with pytest.raises(PlacementError, match=words):
+        make_plan(tiny_model(case), recipe)

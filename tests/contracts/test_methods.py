@@ -67,6 +67,8 @@ ONE_OF_EACH_KIND = ("falcon_h1", "granite_hybrid", "llama", "mamba", "qwen3_next
 """Families in which a method that never meets a layer's inside is tried; `PROMPTED` runs it in all."""
 LIKE_HANKEL = {"parallel": ("llama", "granite_hybrid"), "hankel_reduced": ("llama", "granite_hybrid")}
 """Branches that sit where `hankel` does, which meets every family: a plain and a hybrid one are enough for what differs."""
+LIKE_LORA = {"adalora": ("falcon_h1", "llama", "mamba", "olmo_hybrid", "rwkv")}
+"""Edits of the tensors that `lora` edits in every family. Packed matrices, which `adalora` refuses, are in none."""
 
 
 def companies(method: str, part: str) -> Iterator[Company]:
@@ -74,7 +76,7 @@ def companies(method: str, part: str) -> Iterator[Company]:
     for family, members in itertools.groupby(CASES, key=lambda case: case[0]):
         if method in BEFORE_THE_TEXT and family not in ONE_OF_EACH_KIND:
             continue
-        if family not in LIKE_HANKEL.get(method, (family,)):
+        if family not in (LIKE_HANKEL | LIKE_LORA).get(method, (family,)):
             continue
         roles = {case: set(allowed_roles(method, case, part)) for case in members}
         if method in EVERYWHERE:

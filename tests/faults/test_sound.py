@@ -50,7 +50,7 @@ def test_a_trained_adapter_passes_every_check_and_is_left_bitwise_as_it_was(make
     assert VerifyReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
-@pytest.mark.parametrize("recipe", ["dora", "full", "prodial", "pissa"])
+@pytest.mark.parametrize("recipe", ["adalora", "dora", "full", "prodial", "pissa"])
 def test_other_methods_pass(make: Make, run: Run, same_process: None, recipe: str) -> None:
     adapted = make("all", init="pissa", scaling="rs") if recipe == "pissa" else make(recipe)
     for name in ("coverage", "frozen", "merge", "moved", "paths_agree", "peft_refuses", "reload"):

@@ -40,7 +40,7 @@ def counts(recipe: str) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("recipe", ["all+core", "random", "dora", "prodial"])
+@pytest.mark.parametrize("recipe", ["all+core", "random", "dora", "prodial", "adalora"])
 def test_no_rank_comes_nearer(recipe: str) -> None:
     totals = counts(recipe)
     for wanted in (totals[1], totals[2] - 1, totals[9]):

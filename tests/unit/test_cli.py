@@ -217,7 +217,6 @@ def test_doctor_names_a_leak_and_fails(case: Case, tmp_path: Path, run: Run, mon
         (["plan", "tiny-granite-h", "--budget", "100"], ["budget 100", "smallest plan", "at least"]),
         (["plan", "tiny-granite-h", "--recipe", "core", "--budget", "9999"], ["budget 9,999", "core", "fixed size"]),
         (["plan", "tiny-granite-h", "--without", "attn.qq"], ["attn.qq", "'attn.q'"]),
-        (["plan", "tiny-granite-h", "--recipe", "adalora"], ["adalora", "resume", "lora"]),
         (["plan", "no-such-model"], ["no-such-model", "no such file"]),
         (["evaluate", "tiny-granite-h", "--task", "clasification"], ["clasification", "classification"]),
         (["verify", "nowhere"], ["nowhere"]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import pydantic
 
@@ -44,6 +44,21 @@ class TensorEdit(Protocol):
 
     def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What the edit needs besides, by name: it is saved with what trains."""
+
+
+@runtime_checkable
+class Scheduled(TensorEdit, Protocol):
+    """An edit that takes part in its training: by a penalty, and by what it decides after each optimiser step."""
+
+    def penalty(self) -> torch.Tensor:
+        """What it adds to the training loss (the mean over all such edits is added), a scalar."""
+
+    def progress(self) -> frozenset[str]:
+        """Names of the buffers that only a continuation of the training needs: checkpoints have them, adapters do not."""
+
+    @staticmethod
+    def after_step(edits: Sequence[Any], step: int, num_steps: int) -> None:
+        """What edits of equal options decide together after optimiser step `step` of `num_steps`, counted from 1."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -116,22 +131,6 @@ class Method:
     """Recipes that this method brings, by name."""
 
 
-NOT_OFFERED = {
-    "adalora": (
-        "PEFT keeps the smoothed importances, from which it allocates ranks, out of every state dict, so that a resumed "
-        "run allocates other ranks than an uninterrupted one; it saves fewer rows than it trains, so that no plan made "
-        "beforehand has the count; and it adds its orthogonality loss only to a loss that the model itself computes"
-    )
-}
-"""Methods that are asked for by name and would break what an adapter is held to here, each with the reason."""
-
-
-def refuse_not_offered(name: str) -> None:
-    """Raise `ConfigError` with the reason where `name` is a known method that is not offered."""
-    if name in NOT_OFFERED:
-        raise ConfigError(f"{name!r} is not offered: {NOT_OFFERED[name]}. Use 'lora' with a budget, or 'dora'.")
-
-
 def method_names() -> tuple[str, ...]:
     """Names of all methods: the files beside this one."""
     return module_names("ssmtune.methods")
@@ -139,7 +138,6 @@ def method_names() -> tuple[str, ...]:
 
 def get_method(name: str) -> Method:
     """Return the method in the file `name`. Raises `ConfigError` naming the nearest."""
-    refuse_not_offered(name)
     if name not in method_names():
         raise ConfigError(f"method {name!r} does not exist; {nearest(name, method_names())}.")
     return load_constant("ssmtune.methods", name, "METHOD", Method)

@@ -8,6 +8,7 @@ import torch
 
 from ssmtune.base_tensors import base_tensor
 from ssmtune.merge import survival_report
+from ssmtune.methods._adaptive import Adaptive
 from ssmtune.methods._sparse import Sparse
 from ssmtune.methods.base import get_method
 from ssmtune.verify.base import Check, CheckResult, Subject
@@ -30,7 +31,8 @@ def _run(subject: Subject) -> CheckResult:
     adapted = subject.adapted
     with torch.no_grad():
         survivals = survival_report(adapted)
-        low_rank = {s.path: s.changed for s in survivals if _has_factors(adapted, s.path)}
+        pruned = _pruned(adapted)
+        low_rank = {s.path: s.changed for s in survivals if _has_factors(adapted, s.path) and s.path not in pruned}
         core = {
             site.key: _share_moved(adapted, site)
             for site in adapted.plan.sites
@@ -41,6 +43,8 @@ def _run(subject: Subject) -> CheckResult:
     num_moved = len(low_rank) - len(unmoved)
     survives = {s.path: s.survives for s in survivals}
     parts = [f"{num_moved} of {len(low_rank)} low-rank sites changed their weight"] if low_rank else []
+    if pruned:
+        parts.append(f"{len(pruned)} more are pruned to rank 0")
     if core:
         sizes = {site.key: site.num_params for site in adapted.plan.sites if site.key in core}
         overall = sum(share * sizes[key] for key, share in core.items()) / sum(sizes.values())
@@ -63,6 +67,16 @@ def _run(subject: Subject) -> CheckResult:
 
 def _has_factors(adapted: AdaptedModel, path: str) -> bool:
     return any(get_method(s.method).value_kind in ("factors", "composed") for s in adapted.plan.sites if s.path == path)
+
+
+def _pruned(adapted: AdaptedModel) -> set[str]:
+    """Tensors whose allocated rank is zero; none where no site has a rank, for then nothing was allocated or trained."""
+    ranks: dict[str, int] = {}
+    for site in adapted.plan.sites:
+        edit = adapted.edits.get(site.key)
+        if isinstance(edit, Adaptive):
+            ranks[site.path] = ranks.get(site.path, 0) + edit.rank
+    return {path for path, rank in ranks.items() if rank == 0} if any(ranks.values()) else set()
 
 
 def _share_moved(adapted: AdaptedModel, site: Site) -> float:
