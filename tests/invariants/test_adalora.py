@@ -15,7 +15,7 @@ from ssmtune import adapter_files, schedules
 from ssmtune.attach import attach, load
 from ssmtune.merge import effective_tensors, merge
 from ssmtune.methods._adaptive import Adaptive
-from ssmtune.methods.adalora import AdaloraOptions, budget_at
+from ssmtune.methods.adalora import AdaloraOptions
 from ssmtune.models import load_model
 from ssmtune.placement import named_recipe
 from ssmtune.plan import make_plan
@@ -189,9 +189,15 @@ def test_penalty_is_in_the_training_loss_once_and_in_no_evaluation(
 def test_budget_by_hand() -> None:
     """Full up to the first bound, a cubic in between, the target from the second; 30 to 10 over steps 2 to 6 of 10."""
     options = AdaloraOptions(rank=3, target_rank=1, initial_share=0.2, final_share=0.4)
-    found = [budget_at(step, 10, initial=30, target=10, options=options) for step in range(1, 11)]
+    found = [options.budget(10, step, 10) for step in range(1, 11)]
     # 10 + 20 (3/4)^3 = 18.4, 10 + 20 / 8 = 12.5 (to even), 10 + 20 / 64 = 10.3
     assert found == [30, 30, 18, 12, 10, 10, 10, 10, 10, 10]
+    # Bounds that meet, or that would leave no step, in runs of two steps and of one.
+    short = AdaloraOptions(rank=3, target_rank=1, initial_share=0.3, final_share=0.6)
+    assert [(short.span(num), short.budget(10, short.span(num)[1], num)) for num in (2, 1)] == [
+        ((1, 1), 10),
+        ((0, 1), 10),
+    ]
 
 
 def test_allocation_is_algorithm_1_by_hand() -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from ssmtune.methods._low_rank import put_rows, take_rows
-from ssmtune.methods.adalora import allocation_span, budget_at, target_rank
 from ssmtune.methods.base import Rows
 
 if TYPE_CHECKING:
@@ -107,13 +106,12 @@ class Adaptive(nn.Module):
         The edits have equal options and one budget. After the last allocation their ranks are held.
         """
         options = edits[0].options
-        first, last = allocation_span(num_steps, options)
+        first, last = options.span(num_steps)
         if step <= last:
             for edit in edits:
                 edit.observe()
         if step == last or (first < step < last and step % options.interval == 0):
-            initial, target = options.rank * len(edits), target_rank(options) * len(edits)
-            allocate(edits, budget_at(step, num_steps, initial=initial, target=target, options=options))
+            allocate(edits, options.budget(len(edits), step, num_steps))
         if step >= last:
             for edit in edits:
                 edit.prune()

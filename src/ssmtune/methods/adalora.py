@@ -44,32 +44,32 @@ class AdaloraOptions:
     final_share: float = pydantic.Field(default=0.4, ge=0, lt=1)
     interval: int = pydantic.Field(default=10, ge=1)
 
+    @property
+    def target(self) -> int:
+        """The mean rank at the end: what was given, or two thirds of the initial rank.
 
-def target_rank(options: AdaloraOptions) -> int:
-    """The mean rank at the end: what the options say, or two thirds of the initial rank.
+        >>> AdaloraOptions(rank=12).target, AdaloraOptions(rank=1).target
+        (8, 1)
+        """
+        return max(1, round(self.rank / 1.5)) if self.target_rank is None else self.target_rank
 
-    >>> target_rank(AdaloraOptions(rank=12)), target_rank(AdaloraOptions(rank=1))
-    (8, 1)
-    """
-    return max(1, round(options.rank / 1.5)) if options.target_rank is None else options.target_rank
+    def span(self, num_steps: int) -> tuple[int, int]:
+        """The last step at which every triplet is still there, and the step of the last allocation."""
+        return round(self.initial_share * num_steps), max(1, num_steps - round(self.final_share * num_steps))
 
+    def budget(self, num_sites: int, step: int, num_steps: int) -> int:
+        """Number of triplets of `num_sites` sites after `step` of `num_steps`, counted from 1.
 
-def budget_at(step: int, num_steps: int, *, initial: int, target: int, options: AdaloraOptions) -> int:
-    """Number of triplets after `step` of `num_steps` (counted from 1): `initial`, then a cubic, then `target`.
-
-    Section 3.3, equation 12 of the paper, with the two bounds as shares of the steps.
-    """
-    first, last = allocation_span(num_steps, options)
-    if step >= last:
-        return target
-    if step <= first:
-        return initial
-    return round(target + (initial - target) * (1 - (step - first) / (last - first)) ** 3)
-
-
-def allocation_span(num_steps: int, options: AdaloraOptions) -> tuple[int, int]:
-    """The last step at which every triplet is still there, and the step of the last allocation."""
-    return round(options.initial_share * num_steps), num_steps - round(options.final_share * num_steps)
+        All of them, then a cubic, then the target: section 3.3, equation 12 of the paper, with its bounds as shares.
+        """
+        first, last = self.span(num_steps)
+        initial, target = self.rank * num_sites, self.target * num_sites
+        # The last allocation first: in a run of a few steps the bounds may meet.
+        if step >= last:
+            return target
+        if step <= first:
+            return initial
+        return round(target + (initial - target) * ((last - step) / (last - first)) ** 3)
 
 
 def _make_edit(weight: torch.Tensor, rows: Rows, options: AdaloraOptions) -> nn.Module:
@@ -82,7 +82,7 @@ def _make_edit(weight: torch.Tensor, rows: Rows, options: AdaloraOptions) -> nn.
 def _refuses(shape: Sequence[int], options: AdaloraOptions) -> str:
     if len(shape) == 3:
         return f"it packs {shape[0]} matrices, as experts do, and triplets are of one ('without' leaves a role out)"
-    if target_rank(options) > options.rank:
+    if options.target > options.rank:
         return f"target_rank {options.target_rank} is above the initial rank {options.rank}"
     if options.initial_share + options.final_share >= 1:
         return f"initial_share {options.initial_share} and final_share {options.final_share} leave no step for an allocation"
