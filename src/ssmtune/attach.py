@@ -49,7 +49,10 @@ class AdaptedModel(PeftModelForCausalLM):
     fast_block: str
 
     def __init__(self, model: PreTrainedModel, plan: Plan, *, digest: str | None = None) -> None:
-        """`digest` is the base's, where `model` is on the meta device and has no weights to take it from."""
+        """`digest` is the base's, where `model` is on the meta device and has no weights to take it from.
+
+        There magnitudes and sparse entries are not chosen either: an adapter's files hold them (`adapter_files.fill`).
+        """
         object.__setattr__(self, "plan", plan)
         object.__setattr__(self, "base_digest", digest or base_digest(model))
         object.__setattr__(self, "edits", {})
@@ -66,14 +69,16 @@ class AdaptedModel(PeftModelForCausalLM):
                 # PEFT reads an attribute that transformers has renamed.
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
                 super().__init__(model, lora_config(plan))
-            settle_magnitudes(model)
+            if digest is None:
+                settle_magnitudes(model)
             _apply_edits(model, plan, self.edits)
             if any(site.container == "branch" for site in plan.sites):
                 object.__setattr__(self, "_branches", BranchHooks(model, find_family(model.config.model_type)[1]))
             _apply_additions(model, plan, self.edits, self._branches)
             if any(site.role in ("state.prompt", "state.prefix") for site in plan.sites):
                 self._operations.hooks.extend(install_virtual_tokens(model, find_family(model.config.model_type)[1]))
-            choose_at_attach(plan, self.edits, lambda site: _site_tensor(model, site))
+            if digest is None:
+                choose_at_attach(plan, self.edits, lambda site: _site_tensor(model, site))
         except BaseException:
             self._take_off(model)
             raise
@@ -100,8 +105,16 @@ class AdaptedModel(PeftModelForCausalLM):
         }
 
     def edit_constants(self) -> dict[str, torch.Tensor]:
-        """Return what the tensor edits need besides what trains, by site and name: it is saved with them."""
-        return {f"{key}.{name}": value for key, edit in self.edits.items() for name, value in edit.named_buffers()}
+        """Return what the tensor edits need besides what trains, by site and name: it is saved with them.
+
+        What follows from the rest is not among it (torch's non-persistent buffers): read back, it could contradict it.
+        """
+        return {
+            f"{key}.{name}": value
+            for key, edit in self.edits.items()
+            for name, value in edit.named_buffers()
+            if name in cast(nn.Module, edit).state_dict()
+        }
 
     def optimizer_group(self, name: str) -> str:
         """Return the optimiser group of a name from `trained_parameters`: "lora", "core" or "state"."""
