@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ssmtune import adapter_files
+from ssmtune.adapter_files import SavedAdapter
 from ssmtune.base_digest import base_digest
 from ssmtune.base_tensors import base_tensor, names_by_tensor, owner_of
 from ssmtune.branches import BranchHooks
@@ -242,11 +243,7 @@ def attach(model: PreTrainedModel, plan: Plan, fast: Fast = "auto") -> AdaptedMo
 
     >>> adapted = attach(model, make_plan(model, "all+core"))    # doctest: +SKIP
     """
-    if isinstance(model, AdaptedModel) or "_ssmtune_adapted" in vars(model) or hasattr(model, "peft_config"):
-        raise AttachError(
-            "the model already carries adapters; wrapping it a second time would leave one set unloaded or untrained. "
-            "Detach them first (adapted.detach()), merge them (ssmtune.merge), or load the base model again."
-        )
+    refuse_adapted(model)
     inventory = refuse_other_model(model, plan)
     if fast == "require":
         raise AttachError(
@@ -257,6 +254,15 @@ def attach(model: PreTrainedModel, plan: Plan, fast: Fast = "auto") -> AdaptedMo
     adapted.require_gradients()
     vars(model)["_ssmtune_adapted"] = True
     return adapted
+
+
+def refuse_adapted(model: PreTrainedModel) -> None:
+    """Raise `AttachError` for a model that carries adapters, of ours or PEFT's."""
+    if isinstance(model, AdaptedModel) or "_ssmtune_adapted" in vars(model) or hasattr(model, "peft_config"):
+        raise AttachError(
+            "the model already carries adapters; wrapping it a second time would leave one set unloaded or untrained. "
+            "Detach them first (adapted.detach()), merge them (ssmtune.merge), or load the base model again."
+        )
 
 
 def _apply_edits(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit]) -> None:
@@ -309,7 +315,11 @@ def load(base_model: PreTrainedModel, directory: str | Path, *, trainable: bool 
 
     Raises `AdapterMismatch` for missing, truncated, altered or mixed files and for another base; the model is then as before.
     """
-    saved = adapter_files.read(Path(directory))
+    return attach_saved(base_model, adapter_files.read(Path(directory)), trainable=trainable)
+
+
+def attach_saved(base_model: PreTrainedModel, saved: SavedAdapter, *, trainable: bool = False) -> AdaptedModel:
+    """Return `base_model` with an adapter that was read before on it. Raises as `load` does."""
     adapter_files.check_base(saved, base_model)
     with warnings.catch_warnings():
         # PEFT warns that a fresh adapter is about to be overwritten, which is what loading is.
