@@ -7,6 +7,7 @@ adapted.save_pretrained(directory)
 adapted   = ssmtune.load(base_model, directory)
 report    = ssmtune.verify(adapted)
 model     = ssmtune.merge(adapted)
+adapters  = ssmtune.AdapterSet(base_model)
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssmtune.adapter_set import AdapterSet
     from ssmtune.attach import AdaptedModel, attach, load
     from ssmtune.inventory import Inventory, take_inventory
     from ssmtune.merge import merge
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "AdapterSet": "ssmtune.adapter_set",
     "AdaptedModel": "ssmtune.attach",
     "attach": "ssmtune.attach",
     "load": "ssmtune.attach",
@@ -44,6 +47,7 @@ _WHERE = {
 
 __all__ = [
     "AdaptedModel",
+    "AdapterSet",
     "Edit",
     "Inventory",
     "Plan",

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ssmtune import adapter_files
+from ssmtune.adapter_files import SavedAdapter
 from ssmtune.base_digest import base_digest
 from ssmtune.base_tensors import base_tensor, names_by_tensor, owner_of
 from ssmtune.branches import BranchHooks
@@ -49,7 +50,10 @@ class AdaptedModel(PeftModelForCausalLM):
     fast_block: str
 
     def __init__(self, model: PreTrainedModel, plan: Plan, *, digest: str | None = None) -> None:
-        """`digest` is the base's, where `model` is on the meta device and has no weights to take it from."""
+        """`digest` is the base's, where `model` is on the meta device and has no weights to take it from.
+
+        There magnitudes and sparse entries are not chosen either: an adapter's files hold them (`adapter_files.fill`).
+        """
         object.__setattr__(self, "plan", plan)
         object.__setattr__(self, "base_digest", digest or base_digest(model))
         object.__setattr__(self, "edits", {})
@@ -66,14 +70,16 @@ class AdaptedModel(PeftModelForCausalLM):
                 # PEFT reads an attribute that transformers has renamed.
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
                 super().__init__(model, lora_config(plan))
-            settle_magnitudes(model)
+            if digest is None:
+                settle_magnitudes(model)
             _apply_edits(model, plan, self.edits)
             if any(site.container == "branch" for site in plan.sites):
                 object.__setattr__(self, "_branches", BranchHooks(model, find_family(model.config.model_type)[1]))
             _apply_additions(model, plan, self.edits, self._branches)
             if any(site.role in ("state.prompt", "state.prefix") for site in plan.sites):
                 self._operations.hooks.extend(install_virtual_tokens(model, find_family(model.config.model_type)[1]))
-            choose_at_attach(plan, self.edits, lambda site: _site_tensor(model, site))
+            if digest is None:
+                choose_at_attach(plan, self.edits, lambda site: _site_tensor(model, site))
         except BaseException:
             self._take_off(model)
             raise
@@ -100,8 +106,16 @@ class AdaptedModel(PeftModelForCausalLM):
         }
 
     def edit_constants(self) -> dict[str, torch.Tensor]:
-        """Return what the tensor edits need besides what trains, by site and name: it is saved with them."""
-        return {f"{key}.{name}": value for key, edit in self.edits.items() for name, value in edit.named_buffers()}
+        """Return what the tensor edits need besides what trains, by site and name: it is saved with them.
+
+        What follows from the rest is not among it (torch's non-persistent buffers): read back, it could contradict it.
+        """
+        return {
+            f"{key}.{name}": value
+            for key, edit in self.edits.items()
+            for name, value in edit.named_buffers()
+            if name in cast(nn.Module, edit).state_dict()
+        }
 
     def optimizer_group(self, name: str) -> str:
         """Return the optimiser group of a name from `trained_parameters`: "lora", "core" or "state"."""
@@ -229,11 +243,7 @@ def attach(model: PreTrainedModel, plan: Plan, fast: Fast = "auto") -> AdaptedMo
 
     >>> adapted = attach(model, make_plan(model, "all+core"))    # doctest: +SKIP
     """
-    if isinstance(model, AdaptedModel) or "_ssmtune_adapted" in vars(model) or hasattr(model, "peft_config"):
-        raise AttachError(
-            "the model already carries adapters; wrapping it a second time would leave one set unloaded or untrained. "
-            "Detach them first (adapted.detach()), merge them (ssmtune.merge), or load the base model again."
-        )
+    refuse_adapted(model)
     inventory = refuse_other_model(model, plan)
     if fast == "require":
         raise AttachError(
@@ -244,6 +254,15 @@ def attach(model: PreTrainedModel, plan: Plan, fast: Fast = "auto") -> AdaptedMo
     adapted.require_gradients()
     vars(model)["_ssmtune_adapted"] = True
     return adapted
+
+
+def refuse_adapted(model: PreTrainedModel) -> None:
+    """Raise `AttachError` for a model that carries adapters, of ours or PEFT's."""
+    if isinstance(model, AdaptedModel) or "_ssmtune_adapted" in vars(model) or hasattr(model, "peft_config"):
+        raise AttachError(
+            "the model already carries adapters; wrapping it a second time would leave one set unloaded or untrained. "
+            "Detach them first (adapted.detach()), merge them (ssmtune.merge), or load the base model again."
+        )
 
 
 def _apply_edits(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit]) -> None:
@@ -296,7 +315,11 @@ def load(base_model: PreTrainedModel, directory: str | Path, *, trainable: bool 
 
     Raises `AdapterMismatch` for missing, truncated, altered or mixed files and for another base; the model is then as before.
     """
-    saved = adapter_files.read(Path(directory))
+    return attach_saved(base_model, adapter_files.read(Path(directory)), trainable=trainable)
+
+
+def attach_saved(base_model: PreTrainedModel, saved: SavedAdapter, *, trainable: bool = False) -> AdaptedModel:
+    """Return `base_model` with an adapter that was read before on it. Raises as `load` does."""
     adapter_files.check_base(saved, base_model)
     with warnings.catch_warnings():
         # PEFT warns that a fresh adapter is about to be overwritten, which is what loading is.

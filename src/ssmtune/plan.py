@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +177,7 @@ def make_plan(
         chosen, fitted = fit_budget(chosen, budget)
     sites = [_site(model, entry, inventory, uses) for entry in chosen]
     _refuse_overlap(sites)
-    _refuse_mixture(sites)
+    refuse_mixture(sites)
     return Plan(
         model=model.config.name_or_path or inventory.model_type,
         inventory_digest=inventory.digest,
@@ -283,8 +283,8 @@ def _refuse_overlap(sites: list[Site]) -> None:
         taken[site.path].append(site)
 
 
-def _refuse_mixture(sites: list[Site]) -> None:
-    """What PEFT switches for an adapter as a whole must be the same for every site that its layers hold."""
+def refuse_mixture(sites: Sequence[Site]) -> None:
+    """Raise `PlacementError` unless what PEFT switches for an adapter as a whole is the same for all sites of its layers."""
     methods = sorted({site.method for site in sites if site.container == "module"})
     if len({str(dict(get_method(method).peft_switches)) for method in methods}) > 1:
         raise PlacementError(

@@ -126,7 +126,7 @@ def _inserting(running: _Running, family: Family, layers: list[Any]) -> Any:
         num_tokens = edits[0].num_tokens
         given = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
         tokens = kwargs[given]
-        if cache is not None and _holds_text(cache):
+        if cache is not None and holds_text(cache):
             return args, {**kwargs, **_continued(num_tokens, mask, positions, tokens.shape[1])}
         seq_idx = kwargs.get("seq_idx") if documents_of(mask) is None else documents_of(mask)
         if positions is not None:
@@ -249,7 +249,7 @@ def _refuse_inputs(given: dict[str, Any]) -> None:
         )
 
 
-def _holds_text(cache: Any) -> bool:
+def holds_text(cache: Any) -> bool:
     """Whether a cache holds steps already, in its attention or in its recurrent layers."""
     from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 

@@ -39,7 +39,7 @@ ORDER = (
     {"peft_layers", "selection"},
     {"attach", "adapter_files"},
     {"base_stream", "merged_files", "restore"},
-    {"merge", "core_report", "core_guard", "schedules", "widen", "compiled", "truncate", "adapters"},
+    {"merge", "core_report", "core_guard", "schedules", "widen", "compiled", "truncate", "adapters", "adapter_set"},
     {"training_data"},
     {"train", "sft", "watch", "warmup"},
     {"verify", "doctor", "op_cases", "export"},

@@ -15,7 +15,9 @@ import torch
 from contracts.tiny import Case, logits_of, randomise, tiny_model, tiny_tokens
 from safetensors.torch import load_file, save_file
 
+from ssmtune.adapter_files import read
 from ssmtune.attach import attach, load
+from ssmtune.base_stream import StreamedBase
 from ssmtune.checkpoint import INDEX, WEIGHTS
 from ssmtune.cli.merge import merge as merge_command
 from ssmtune.errors import AdapterMismatch, AttachError, CheckFailed, ConfigError
@@ -24,6 +26,7 @@ from ssmtune.merged_files import PROVENANCE
 from ssmtune.models import load_model
 from ssmtune.plan import make_plan
 from ssmtune.recipe import Edit, Recipe
+from ssmtune.selection import sparse_edits
 from ssmtune.weight_units import Units
 
 DENSE, MOE = ("granite_hybrid", "dense"), ("granite_hybrid", "moe")
@@ -78,8 +81,31 @@ def no_small_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
         (("mamba", "tied"), TIED, torch.bfloat16),
         (("zamba2", "shared"), "all", torch.float32),
         (DENSE, "control:core-discarded", torch.float32),
+        (("mamba", "tied"), "control:sdt-random", torch.bfloat16),
+        (("mamba", "tied"), "control:sdt-magnitude", torch.float32),
+        (DENSE, "control:sdt-magnitude", torch.bfloat16),
+        (DENSE, "dora", torch.bfloat16),
+        (DENSE, "prodial", torch.bfloat16),
+        (DENSE, "full", torch.bfloat16),
+        (DENSE, "core-v2", torch.bfloat16),
     ],
-    ids=["bf16", "rows-fp16", "moe-bf16", "experts", "jamba-bf16", "tied", "shared", "discarded"],
+    ids=[
+        "bf16",
+        "rows-fp16",
+        "moe-bf16",
+        "experts",
+        "jamba-bf16",
+        "tied",
+        "shared",
+        "discarded",
+        "sdt-random",
+        "sdt-magnitude",
+        "sdt-rows",
+        "dora",
+        "prodial",
+        "full",
+        "core-v2",
+    ],
 )
 def test_the_files_are_those_of_a_merge_in_memory(
     case: Case, recipe: str | Recipe, dtype: torch.dtype, tmp_path: Path
@@ -96,6 +122,36 @@ def test_the_files_are_those_of_a_merge_in_memory(
         assert found[name].dtype == tensor.dtype == (dtype if tensor.is_floating_point() else tensor.dtype), name
         assert torch.equal(found[name], tensor), name
     assert any(not torch.equal(found[name], tensor) for name, tensor in files(base).items())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "roles"),
+    [("control:sdt-random", ("ssm.A_log", "ssm.in.dt")), ("dora", ("ssm.out",)), (ROWS, ("ssm.in.dt",))],
+)
+def test_what_is_restored_is_the_bases_in_both(recipe: str | Recipe, roles: tuple[str, ...], tmp_path: Path) -> None:
+    """Whole tensors, and rows of one whose other rows stay merged."""
+    base, adapter = make(tmp_path, DENSE, recipe, dtype=torch.bfloat16)
+    assert merge_to(str(adapter), tmp_path / "out", model=str(base), restore=roles)["in_memory"] == ""
+    expected = STAGE.merge(load(load_model(str(base)), adapter), restore=roles).state_dict()
+    found = load_model(str(tmp_path / "out")).state_dict()
+    whole = STAGE.merge(load(load_model(str(base)), adapter)).state_dict()
+    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert any(not torch.equal(found[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("recipe", ["control:sdt-random", "control:sdt-magnitude"])
+def test_entries_chosen_in_training_arrive_where_there_are_no_weights(recipe: str, tmp_path: Path) -> None:
+    base, adapter = make(tmp_path, DENSE, recipe)
+    trained = sparse_edits(load(load_model(str(base)), adapter).edits)
+    found = sparse_edits(StreamedBase(str(base), read(adapter)).adapted().edits)
+    assert found and set(found) == set(trained)
+    for key, edit in found.items():
+        assert edit.stage == "chosen" and not any(t.is_meta for t in (edit.delta, edit.index, edit.positions)), key
+        assert torch.equal(edit.index, trained[key].index) and torch.equal(edit.positions, trained[key].positions), key
+    stored = files(adapter)
+    assert any(name.endswith(".index") for name in stored)
+    # They follow from the entries and the rows; a file that held them could send the deltas elsewhere.
+    assert not any(name.endswith(".positions") for name in stored)
 
 
 def test_experts_lie_one_by_one_in_the_files(tmp_path: Path) -> None:
