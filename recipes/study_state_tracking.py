@@ -42,7 +42,9 @@ class StudyConfig:
     """Sizes of everything; the same for every arm."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    num_steps: int = 100
+    num_steps: int = 200
+    text_steps: int = 100
+    """Steps of the task text, in place of `num_steps`."""
     pretrain_steps: int = 300
     batch_rows: int = 16
     train_length: int = 64
@@ -68,7 +70,7 @@ class Arm:
     truncated: bool = False
     """Two thirds of the steps at full order, then truncation, then the rest at a third of the rate."""
     rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1)
-    """Rates among which one is chosen, on half the steps of a seed that is not reported."""
+    """Rates among which one is chosen, on half the steps of a seed that is not reported; three for every arm."""
 
 
 def arms(order: int) -> dict[str, Arm]:
@@ -80,15 +82,15 @@ def arms(order: int) -> dict[str, Arm]:
     def lora(rank: int, *roles: str) -> tuple[Edit, ...]:
         return (Edit(method="lora", select=roles, options={"rank": rank, "alpha": 2.0 * rank, "dropout": 0.0}),)
 
-    slow = (1e-3, 3e-3)
+    slow, fast = (1e-3, 3e-3, 1e-2), (3e-2, 1e-1, 3e-1)
     hankel, complex_hankel = branch("hankel"), branch("hankel", complex_modes=True)
     state = (Edit(method="initial_state", select=("state.initial_state",)),)
     return {
         "lora": Arm(base="transformer", edits=lora(order // 2, "attn.q", "attn.v")),
-        "parallel": Arm(base="transformer", edits=branch("parallel")),
-        "hankel": Arm(base="transformer", edits=hankel),
-        "hankel-complex": Arm(base="transformer", edits=complex_hankel),
-        "hankel-truncated": Arm(base="transformer", edits=hankel, truncated=True),
+        "parallel": Arm(base="transformer", edits=branch("parallel"), rates=fast),
+        "hankel": Arm(base="transformer", edits=hankel, rates=fast),
+        "hankel-complex": Arm(base="transformer", edits=complex_hankel, rates=fast),
+        "hankel-truncated": Arm(base="transformer", edits=hankel, rates=fast, truncated=True),
         "scratch": Arm(base="transformer", scratch=True, rates=slow),
         "scratch+hankel": Arm(base="transformer", scratch=True, edits=hankel, rates=slow),
         "scratch+hankel-truncated": Arm(base="transformer", scratch=True, edits=hankel, rates=slow, truncated=True),
@@ -398,9 +400,11 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=None)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=StudyConfig.num_steps)
+    parser.add_argument("--text-steps", type=int, default=StudyConfig.text_steps)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    config = StudyConfig(seeds=tuple(range(arguments.seeds)), num_steps=arguments.steps)
+    seeds = tuple(range(arguments.seeds))
+    config = StudyConfig(seeds=seeds, num_steps=arguments.steps, text_steps=arguments.text_steps)
     started = time.time()
     given = tasks(config, arguments.corpus)
     unknown = sorted(set(arguments.tasks) - set(given))
@@ -410,7 +414,8 @@ def main() -> None:
     cells: list[dict[str, Any]] = []
     bases: Bases = {}
     for index, name in enumerate(arguments.tasks, 1):
-        cells += run_task(name, given[name], config, chosen, bases)
+        steps = config.text_steps if name == "text" else config.num_steps
+        cells += run_task(name, given[name], dataclasses.replace(config, num_steps=steps), chosen, bases)
         # Whole after every task: a study that is stopped keeps those that were run.
         record = new_record(
             "synthetic",
