@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import lzma
 import math
 import time
@@ -24,10 +25,11 @@ import torch.nn.functional as F
 from transformers import GraniteMoeHybridConfig, LlamaConfig
 
 from ssmtune.attach import AdaptedModel, attach
+from ssmtune.errors import RecordError
 from ssmtune.models import auto_class
 from ssmtune.plan import make_plan
 from ssmtune.recipe import Edit, Recipe
-from ssmtune.records import new_record, write_json
+from ssmtune.records import environment, new_record, read_record, write_json
 from ssmtune.stats import METHOD, Comparison, clipped, holm, mean_interval, paired_difference
 from ssmtune.truncate import truncate
 
@@ -391,6 +393,24 @@ def summarise(cells: list[dict[str, Any]], given: dict[str, Task]) -> dict[str, 
     return {"means": means, "comparisons": [c.to_dict() for c in compared]}
 
 
+def kept(paths: list[Path], config: dict[str, Any], arms: list[str]) -> list[dict[str, Any]]:
+    """Read records of other tasks of the same study; raises RecordError where one has other sizes, arms or sources."""
+    records = [read_record(path, kind="synthetic") for path in paths]
+    sources = environment()
+    for path, record in zip(paths, records, strict=True):
+        # As the record has it: JSON knows no tuples.
+        same = {**json.loads(json.dumps(config)), "arms": arms}
+        found = {key: value for key, value in record["config"].items() if key != "tasks"}
+        if found != same or record["environment"]["code"] != sources["code"]:
+            raise RecordError(
+                f"{path}: its sizes, arms or sources are not those of this run; "
+                "expected a record of the same study. Run its tasks again."
+            )
+        if record["environment"]["dirty"]:
+            raise RecordError(f"{path}: run from a tree with changes; expected a clean one. Run its tasks again.")
+    return records
+
+
 def main() -> None:
     """Run the study and write its record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -401,6 +421,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=StudyConfig.num_steps)
     parser.add_argument("--text-steps", type=int, default=StudyConfig.text_steps)
+    parser.add_argument("--keep", nargs="*", type=Path, default=[], help="records of other tasks to put in this one")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     seeds = tuple(range(arguments.seeds))
@@ -411,21 +432,32 @@ def main() -> None:
     if unknown:
         parser.error(f"no task {', '.join(unknown)}; got {', '.join(given)} (text needs --corpus)")
     chosen = {n: arm for n, arm in arms(config.order).items() if arguments.arms is None or n in arguments.arms}
+    records = kept(arguments.keep, dataclasses.asdict(config), list(chosen))
     cells: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
     bases: Bases = {}
-    for index, name in enumerate(arguments.tasks, 1):
-        steps = config.text_steps if name == "text" else config.num_steps
-        cells += run_task(name, given[name], dataclasses.replace(config, num_steps=steps), chosen, bases)
+    for name in arguments.tasks:
+        found = [record for record in records if name in record["config"]["tasks"]]
+        if found:
+            cells += [cell for cell in found[0]["cells"] if cell["task"] == name]
+            commit = found[0]["environment"]["commit"]
+        else:
+            steps = config.text_steps if name == "text" else config.num_steps
+            cells += run_task(name, given[name], dataclasses.replace(config, num_steps=steps), chosen, bases)
+            commit = environment()["commit"]
+        parts.append({"task": name, "commit": commit})
         # Whole after every task: a study that is stopped keeps those that were run.
+        done = [part["task"] for part in parts]
         record = new_record(
             "synthetic",
-            config=dataclasses.asdict(config) | {"tasks": arguments.tasks[:index], "arms": list(chosen)},
+            config=dataclasses.asdict(config) | {"tasks": done, "arms": list(chosen)},
             declared=[list(pair) for pair in COMPARISONS],
-            metrics={task: given[task].metric for task in arguments.tasks[:index]},
+            metrics={task: given[task].metric for task in done},
             method=METHOD,
+            parts=parts,
             cells=cells,
             seconds=time.time() - started,
-            cpu_seconds=time.process_time(),
+            cpu_seconds=sum(cell.get("cpu_s", 0.0) for cell in cells),
             **summarise(cells, given),
         )
         write_json(arguments.out, record)
