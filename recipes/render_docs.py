@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -387,23 +388,42 @@ def tracking_setting() -> str:
     for arm in dict.fromkeys(cell["arm"] for cell in record["cells"]):
         cells = [cell for cell in record["cells"] if cell["arm"] == arm]
         counts = sorted({cell["num_trained"] for cell in cells})
-        per_task = {cell["task"]: cell.get("rate") for cell in cells}
         orders = sorted({order for cell in cells for order in cell.get("orders", [])})
         rows.append(
             [
                 f"`{arm}`",
                 "-" if counts == [0] else f"{counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else ""),
-                ", ".join(f"{task} {rate:g}" for task, rate in per_task.items() if rate) or "-",
                 f"{orders[0]} to {orders[-1]} of {config['order']}" if orders else "-",
             ]
         )
     lines = (
         f"{len(config['seeds'])} seeds; {config['num_steps']} steps of {config['batch_rows']} rows of "
-        f"{config['train_length']} after {config['pretrain_steps']} of pretraining; width {config['width']}; "
+        f"{config['train_length']} (text: {config['text_steps']} of {config['text_rows']} of {config['text_length']}) "
+        f"after {config['pretrain_steps']} of pretraining; width {config['width']}; "
         f"{config['test_rows']} test rows, the last {config['scored_steps']} steps scored; "
-        f"tasks run: {', '.join(config['tasks'])}; {record['cpu_seconds']:.0f} s of CPU time."
+        f"tasks run: {', '.join(config['tasks'])}; {record['cpu_seconds']:.0f} s of CPU time in the reported cells."
     )
-    return lines + "\n\n" + table(["arm", "trained parameters", "rate", "order after truncation"], rows)
+    return lines + "\n\n" + table(["arm", "trained parameters", "order after truncation"], rows)
+
+
+def tracking_training() -> str:
+    """Loss at the end of training of each arm and task, and the rate that was chosen."""
+    record = read_record(TRACKING, kind="synthetic")
+    names = record["config"]["tasks"]
+    rows = []
+    for arm in dict.fromkeys(cell["arm"] for cell in record["cells"]):
+        row = [f"`{arm}`"]
+        for task in names:
+            cells = [cell for cell in record["cells"] if (cell["arm"], cell["task"]) == (arm, task)]
+            losses = [cell["loss"] for cell in cells]
+            text = f"{statistics.mean(losses):.3f}"
+            if "rate" in cells[0]:
+                rate, tried = cells[0]["rate"], sorted(float(name) for name in cells[0]["tuning"])
+                edge = " (largest)" if rate == tried[-1] else " (smallest)" if rate == tried[0] else ""
+                text += f" [{min(losses):.3f}, {max(losses):.3f}] at {rate:g}{edge}"
+            row.append(text)
+        rows.append(row)
+    return table(["arm", *names], rows)
 
 
 def tracking_means() -> str:
@@ -561,6 +581,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/methods/hankel.md": {"hankel-step": hankel_step},
     "docs/studies/state-tracking.md": {
         "setting": tracking_setting,
+        "training": tracking_training,
         "means": tracking_means,
         "comparisons": tracking_comparisons,
     },

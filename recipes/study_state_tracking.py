@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import lzma
 import math
 import time
@@ -24,10 +25,11 @@ import torch.nn.functional as F
 from transformers import GraniteMoeHybridConfig, LlamaConfig
 
 from ssmtune.attach import AdaptedModel, attach
+from ssmtune.errors import RecordError
 from ssmtune.models import auto_class
 from ssmtune.plan import make_plan
 from ssmtune.recipe import Edit, Recipe
-from ssmtune.records import new_record, write_json
+from ssmtune.records import environment, new_record, read_record, write_json
 from ssmtune.stats import METHOD, Comparison, clipped, holm, mean_interval, paired_difference
 from ssmtune.truncate import truncate
 
@@ -42,7 +44,9 @@ class StudyConfig:
     """Sizes of everything; the same for every arm."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    num_steps: int = 100
+    num_steps: int = 200
+    text_steps: int = 100
+    """Steps of the task text, in place of `num_steps`."""
     pretrain_steps: int = 300
     batch_rows: int = 16
     train_length: int = 64
@@ -68,7 +72,7 @@ class Arm:
     truncated: bool = False
     """Two thirds of the steps at full order, then truncation, then the rest at a third of the rate."""
     rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1)
-    """Rates among which one is chosen, on half the steps of a seed that is not reported."""
+    """Rates among which one is chosen, on half the steps of a seed that is not reported; three for every arm."""
 
 
 def arms(order: int) -> dict[str, Arm]:
@@ -80,15 +84,15 @@ def arms(order: int) -> dict[str, Arm]:
     def lora(rank: int, *roles: str) -> tuple[Edit, ...]:
         return (Edit(method="lora", select=roles, options={"rank": rank, "alpha": 2.0 * rank, "dropout": 0.0}),)
 
-    slow = (1e-3, 3e-3)
+    slow, fast = (1e-3, 3e-3, 1e-2), (3e-2, 1e-1, 3e-1)
     hankel, complex_hankel = branch("hankel"), branch("hankel", complex_modes=True)
     state = (Edit(method="initial_state", select=("state.initial_state",)),)
     return {
         "lora": Arm(base="transformer", edits=lora(order // 2, "attn.q", "attn.v")),
-        "parallel": Arm(base="transformer", edits=branch("parallel")),
-        "hankel": Arm(base="transformer", edits=hankel),
-        "hankel-complex": Arm(base="transformer", edits=complex_hankel),
-        "hankel-truncated": Arm(base="transformer", edits=hankel, truncated=True),
+        "parallel": Arm(base="transformer", edits=branch("parallel"), rates=fast),
+        "hankel": Arm(base="transformer", edits=hankel, rates=fast),
+        "hankel-complex": Arm(base="transformer", edits=complex_hankel, rates=fast),
+        "hankel-truncated": Arm(base="transformer", edits=hankel, rates=fast, truncated=True),
         "scratch": Arm(base="transformer", scratch=True, rates=slow),
         "scratch+hankel": Arm(base="transformer", scratch=True, edits=hankel, rates=slow),
         "scratch+hankel-truncated": Arm(base="transformer", scratch=True, edits=hankel, rates=slow, truncated=True),
@@ -389,6 +393,24 @@ def summarise(cells: list[dict[str, Any]], given: dict[str, Task]) -> dict[str, 
     return {"means": means, "comparisons": [c.to_dict() for c in compared]}
 
 
+def kept(paths: list[Path], config: dict[str, Any], arms: list[str]) -> list[dict[str, Any]]:
+    """Read records of other tasks of the same study; raises RecordError where one has other sizes, arms or sources."""
+    records = [read_record(path, kind="synthetic") for path in paths]
+    sources = environment()
+    for path, record in zip(paths, records, strict=True):
+        # As the record has it: JSON knows no tuples.
+        same = {**json.loads(json.dumps(config)), "arms": arms}
+        found = {key: value for key, value in record["config"].items() if key != "tasks"}
+        if found != same or record["environment"]["code"] != sources["code"]:
+            raise RecordError(
+                f"{path}: its sizes, arms or sources are not those of this run; "
+                "expected a record of the same study. Run its tasks again."
+            )
+        if record["environment"]["dirty"]:
+            raise RecordError(f"{path}: run from a tree with changes; expected a clean one. Run its tasks again.")
+    return records
+
+
 def main() -> None:
     """Run the study and write its record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -398,29 +420,44 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=None)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=StudyConfig.num_steps)
+    parser.add_argument("--text-steps", type=int, default=StudyConfig.text_steps)
+    parser.add_argument("--keep", nargs="*", type=Path, default=[], help="records of other tasks to put in this one")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    config = StudyConfig(seeds=tuple(range(arguments.seeds)), num_steps=arguments.steps)
+    seeds = tuple(range(arguments.seeds))
+    config = StudyConfig(seeds=seeds, num_steps=arguments.steps, text_steps=arguments.text_steps)
     started = time.time()
     given = tasks(config, arguments.corpus)
     unknown = sorted(set(arguments.tasks) - set(given))
     if unknown:
         parser.error(f"no task {', '.join(unknown)}; got {', '.join(given)} (text needs --corpus)")
     chosen = {n: arm for n, arm in arms(config.order).items() if arguments.arms is None or n in arguments.arms}
+    records = kept(arguments.keep, dataclasses.asdict(config), list(chosen))
     cells: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
     bases: Bases = {}
-    for index, name in enumerate(arguments.tasks, 1):
-        cells += run_task(name, given[name], config, chosen, bases)
+    for name in arguments.tasks:
+        found = [record for record in records if name in record["config"]["tasks"]]
+        if found:
+            cells += [cell for cell in found[0]["cells"] if cell["task"] == name]
+            commit = found[0]["environment"]["commit"]
+        else:
+            steps = config.text_steps if name == "text" else config.num_steps
+            cells += run_task(name, given[name], dataclasses.replace(config, num_steps=steps), chosen, bases)
+            commit = environment()["commit"]
+        parts.append({"task": name, "commit": commit})
         # Whole after every task: a study that is stopped keeps those that were run.
+        done = [part["task"] for part in parts]
         record = new_record(
             "synthetic",
-            config=dataclasses.asdict(config) | {"tasks": arguments.tasks[:index], "arms": list(chosen)},
+            config=dataclasses.asdict(config) | {"tasks": done, "arms": list(chosen)},
             declared=[list(pair) for pair in COMPARISONS],
-            metrics={task: given[task].metric for task in arguments.tasks[:index]},
+            metrics={task: given[task].metric for task in done},
             method=METHOD,
+            parts=parts,
             cells=cells,
             seconds=time.time() - started,
-            cpu_seconds=time.process_time(),
+            cpu_seconds=sum(cell.get("cpu_s", 0.0) for cell in cells),
             **summarise(cells, given),
         )
         write_json(arguments.out, record)

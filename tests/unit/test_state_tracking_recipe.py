@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from ssmtune.errors import RecordError
 from ssmtune.plan import make_plan
 from ssmtune.recipe import Recipe
 from ssmtune.records import read_record, write_json
@@ -95,3 +96,20 @@ def test_a_run_of_two_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     write_json(tmp_path / "s.json.gz", STUDY.new_record("synthetic", config={}, cells=cells, **summary))
     assert len(read_record(tmp_path / "s.json.gz", kind="synthetic")["cells"]) == len(cells)
     assert "rate" in capsys.readouterr().out
+
+
+def test_records_of_other_sizes_or_trees_are_not_kept(tmp_path: Path) -> None:
+    path, config = tmp_path / "s.json.gz", dataclasses.asdict(STUDY.StudyConfig())
+    record = STUDY.new_record("synthetic", config={**config, "tasks": ["dfa"], "arms": ["lora"]}, cells=[])
+    record["environment"]["dirty"] = False
+    write_json(path, record)
+    assert [found["cells"] for found in STUDY.kept([path], config, ["lora"])] == [[]]
+    for other, arms in ({**config, "width": 8}, ["lora"]), (config, ["hankel"]):
+        with pytest.raises(RecordError, match="sizes, arms or sources"):
+            STUDY.kept([path], other, arms)
+    write_json(path, {**record, "environment": {**record["environment"], "code": "0"}})
+    with pytest.raises(RecordError, match="sizes, arms or sources"):
+        STUDY.kept([path], config, ["lora"])
+    write_json(path, {**record, "environment": {**record["environment"], "dirty": True}})
+    with pytest.raises(RecordError, match="clean"):
+        STUDY.kept([path], config, ["lora"])
