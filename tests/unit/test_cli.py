@@ -15,6 +15,7 @@ from contracts.tiny import CASES, Case, tiny_config, tiny_inventory, tiny_model
 
 from ssmtune.cli import main as cli
 from ssmtune.families.base import family_names, get_family
+from ssmtune.methods.base import method_names
 
 GRANITE = Path(__file__).parent.parent / "data" / "granite_4_h_micro.json"
 
@@ -160,6 +161,20 @@ def test_inspect_tells_the_use_of_every_tensor_from_a_config_alone(case: Case, t
             {"CALL", "READ"} if component["group"] != "other" else {"NONE", "CALL"}
         )
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_methods_says_everything_of_every_method(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run("methods", "--json")
+    rows = json.loads(out)["methods"]
+    assert code == 0 and [row["name"] for row in rows] == list(method_names())
+    code, out, _ = run("methods")
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    words = " ".join(out.split())
+    for row in rows:
+        facts = (row["formula"], f"overhead: {row['overhead']}", row["source"], f"{row['name']} {row['trains']}")
+        assert all(" ".join(fact.split()) in words for fact in facts), row["name"]
+    assert "all but gemma, lfm2, llama, mistral, qwen3, xlstm" in words
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
 
-from ssmtune.cli.output import make_table, print_result, print_table, tables
+from ssmtune.cli.output import print_result, tables
 
 
 def methods(
@@ -22,20 +24,30 @@ def methods(
     if json_output:
         print_result({"methods": rows})
         return
-    num_families = len({family for row in rows for family in row["families"]})
-    headings = ("method", "trains", "parameters per site", "merges", "families")
-    table = make_table(
-        f"{len(rows)} methods, {num_families} families",
-        *headings,
-        numbers=("families",),
-        wrap=("trains", "parameters per site"),
-    )
+    everywhere = sorted({family for row in rows for family in row["families"]})
+    console = tables()
     for row in rows:
-        merges = "yes" if row["mergeable"] else "no"
         # Shapes are written in brackets, which are markup to rich.
-        table.add_row(row["name"], escape(row["trains"]), escape(row["formula"]), merges, str(len(row["families"])))
-    print_table(table)
-    tables().print("Recipes, options, overhead, sources and the families by name: ssmtune methods --json.")
+        console.print(f"[bold]{row['name']}[/bold]  {escape(row['trains'])}")
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim", min_width=12)
+        facts.add_column(overflow="fold")
+        facts.add_row("parameters", escape(row["formula"]))
+        facts.add_row("merges", f"{'yes' if row['mergeable'] else 'no'}; overhead: {escape(row['overhead'])}")
+        facts.add_row("families", _in_words(row["families"], everywhere))
+        if row["recipes"]:
+            facts.add_row("recipes", escape(", ".join(row["recipes"])))
+        facts.add_row("source", escape(row["source"]))
+        console.print(Padding(facts, (0, 0, 1, 2)))
+    console.print(f"{len(rows)} methods, {len(everywhere)} families. Options: ssmtune methods --json.")
+
+
+def _in_words(families: list[str], everywhere: list[str]) -> str:
+    """The families by name, or those that are missing where these are fewer."""
+    missing = [name for name in everywhere if name not in families]
+    if not missing:
+        return f"all {len(everywhere)}"
+    return f"all but {', '.join(missing)}" if len(missing) < len(families) else ", ".join(families)
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -60,7 +72,7 @@ def method_rows() -> list[dict[str, Any]]:
                 "size_option": method.size_option,
                 "mergeable": method.mergeable,
                 "overhead": method.overhead,
-                "options": {field.name: field.default for field in fields(method.Options)},
+                "options": asdict(method.Options()),
                 "recipes": sorted(method.recipes),
                 "families": families[name],
                 "source": method.source,
