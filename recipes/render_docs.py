@@ -549,8 +549,7 @@ def merge_cost() -> str:
     words = (
         f"{record['total']:,} parameters, {merged['edited']} of the tensors edited; {merged['import_rss_bytes'] / gb:.2f} GB "
         f"of the memory is Python, torch and transformers before the merge begins. Measured once on "
-        f"{record['environment']['device']}, load average {record['load_average']:.1f}: other programs had most of the "
-        "processor, so the seconds of the processor say more than those of the clock."
+        f"{record['environment']['device']}, load average {record['load_average']:.1f}."
     )
     return table(["", "GB", "seconds", "processor seconds", "peak resident memory, GB"], rows) + "\n\n" + words
 
