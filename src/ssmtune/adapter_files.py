@@ -248,13 +248,13 @@ def fill(adapted: AdaptedModel, saved: SavedAdapter) -> None:
             )
     if any(parameter.is_meta for parameter in adapted.parameters()):
         _replace(adapted, saved, kept)
-        put(adapted.edits, {key: saved.our_tensors[f"{key}.index"] for key in chosen})
-        return
-    set_peft_model_state_dict(adapted, dict(saved.peft_tensors))
+    else:
+        set_peft_model_state_dict(adapted, dict(saved.peft_tensors))
+        with torch.no_grad():
+            for name, parameter in kept.items():
+                parameter.copy_(saved.our_tensors[name])
+    # Last: entries lie on the device of their deltas, which may just have been replaced.
     put(adapted.edits, {key: saved.our_tensors[f"{key}.index"] for key in chosen})
-    with torch.no_grad():
-        for name, parameter in kept.items():
-            parameter.copy_(saved.our_tensors[name])
 
 
 def _replace(adapted: AdaptedModel, saved: SavedAdapter, kept: Mapping[str, torch.Tensor]) -> None:

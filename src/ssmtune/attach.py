@@ -30,9 +30,7 @@ from ssmtune.selection import choose_at_attach
 from ssmtune.virtual_tokens import install_virtual_tokens
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
-
 
 Fast = Literal["auto", "off", "require"]
 

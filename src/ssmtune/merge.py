@@ -219,12 +219,15 @@ def _in_memory(
     base = load_model(name, dtype=dtype)
     adapted = load(base, saved.directory)
     target = next(base.parameters()).dtype
-    survival = survival_report(adapted, target)
     roles = edited_roles(saved.plan)
     core = {s.path for s in saved.plan.sites if s.group == "core"} if core_float32 else set()
     exact = effective_tensors(adapted)
     _give_back_all(exact, adapted, restore)
-    rounding = [rounding_of(p, roles[p], v, v if p in core else v.to(target)) for p, v in exact.items()]
+    survival, rounding = [], []
+    for path, value in exact.items():
+        stored = torch.float32 if path in core else target
+        survival.append(survival_of(path, roles[path], base_tensor(adapted.base_model.model, path), value, stored))
+        rounding.append(rounding_of(path, roles[path], value, value.to(stored)))
     merged = merge(adapted, restore=restore) if make_plain is None else make_plain(adapted)
     with torch.no_grad():
         for path in core & set(exact):

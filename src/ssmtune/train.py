@@ -150,8 +150,10 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
 
 
 def to_settings(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain data, without where it is written to: what decides the outcome."""
-    settings = _plain(asdict(config))
+    """The config as it comes back from JSON, without where it is written to: what decides the outcome."""
+    import json
+
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     del settings["output_dir"]
     return settings
 
@@ -172,14 +174,6 @@ def _earlier_run(run_dir: Path, settings: dict[str, Any]) -> dict[str, Any] | No
             "Choose another output_dir, or delete that one."
         )
     return record if record["status"] in ("done", "provisional") else None
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they come back from JSON: tuples are lists there."""
-    import json
-
-    value: dict[str, Any] = json.loads(json.dumps(settings))
-    return value
 
 
 def _adapted_model(config: TrainConfig) -> AdaptedModel:

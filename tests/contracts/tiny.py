@@ -165,6 +165,15 @@ def assert_same_logits(
     assert difference <= limit
 
 
+def assert_same_gradients(found: torch.Tensor, expected: torch.Tensor, parameters: list[torch.nn.Parameter]) -> None:
+    """Two ways to the same logits give every parameter the same gradient, none of them zero."""
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
+    ours, theirs = (torch.autograd.grad((logits * weight).mean(), parameters) for logits in (found, expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert bool(other.any())
+        assert largest_difference(mine / other.abs().max(), other / other.abs().max()) <= 10 * LOGITS_FP32
+
+
 def operation_names(case: Case) -> set[str]:
     """Names of the functions that the case's recurrent layers call and ssmtune replaces."""
     family = get_family(case[0])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ssmtune import demo
 from ssmtune.attach import attach
@@ -31,19 +30,6 @@ PROMPTS = [[{"role": "user", "content": text}] for text in ("Is this a question?
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of every kind of site, moved away from zero."""
-    directory = tmp_path_factory.mktemp("evaluate") / "adapter"
-    adapted = attach(load_model(BUNDLED), make_plan(load_model(BUNDLED), "all+core", rank=2))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapted.trained_parameters().values():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    adapted.save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def in_process() -> Iterator[None]:
     """The children's work in this process, which has imported torch already."""
     with pytest.MonkeyPatch.context() as patch:
@@ -60,10 +46,10 @@ def base_gguf(tmp_path_factory: pytest.TempPathFactory, in_process: None) -> Pat
 
 
 @pytest.mark.usefixtures("in_process")
-def test_both_engines_write_the_same_answers(adapter: Path, base_gguf: Path) -> None:
-    ours = EvaluateConfig(**SHARE, adapter=str(adapter))
+def test_both_engines_write_the_same_answers(bundled_adapter: Path, base_gguf: Path) -> None:
+    ours = EvaluateConfig(**SHARE, adapter=str(bundled_adapter))
     expected = evaluate(ours, progress=False)
-    through = {**SHARE, "adapter": str(adapter), "engine": "llamacpp"}
+    through = {**SHARE, "adapter": str(bundled_adapter), "engine": "llamacpp"}
     found = evaluate(EvaluateConfig(**through, gguf_type="f32"), progress=False)
     assert [s["completion"] for s in found["samples"]] == [s["completion"] for s in expected["samples"]]
     assert (found["example_ids"], found["scores"]) == (expected["example_ids"], expected["scores"])

@@ -12,29 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ssmtune.attach import attach
 from ssmtune.errors import CheckFailed, ConfigError
 from ssmtune.export import ExportConfig, agreement, converter, export
 from ssmtune.export.agreement import F32_LIMIT, check_gguf
 from ssmtune.export.converter import convert, pre_type, restored_fields
 from ssmtune.models import load_model, load_tokenizer, model_location
-from ssmtune.plan import make_plan
 
 BUNDLED = "tiny-granite-h"
 PROMPT = ["The river rose in the night, and"]
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of every kind of site on the bundled model, moved away from zero."""
-    directory = tmp_path_factory.mktemp("export") / "adapter"
-    adapted = attach(load_model(BUNDLED), make_plan(load_model(BUNDLED), "all+core", rank=2))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapted.trained_parameters().values():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    adapted.save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +52,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "run_child", run)
 
 
-def test_export_answers_in_llamacpp_as_in_transformers(adapter: Path, tmp_path: Path) -> None:
-    record = export(ExportConfig(run=str(adapter), to="gguf", out=str(tmp_path / "out"), type="f32"))
+def test_export_answers_in_llamacpp_as_in_transformers(bundled_adapter: Path, tmp_path: Path) -> None:
+    record = export(ExportConfig(run=str(bundled_adapter), to="gguf", out=str(tmp_path / "out"), type="f32"))
     check = record["check"]
     assert check["ok"] and check["max_abs_logprob"] <= F32_LIMIT
     assert check["same_top"] == check["prompts"] == 4
@@ -94,11 +79,11 @@ def test_a_model_that_answers_otherwise_is_seen(model: Path, gguf: Path, tmp_pat
 
 @pytest.mark.usefixtures("in_process")
 def test_a_tokenizer_that_splits_otherwise_is_seen_and_nothing_left(
-    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundled_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(converter, "pre_type", lambda _: "qwen2")
     with pytest.raises(CheckFailed, match="not written. .*other tokens"):
-        export(ExportConfig(run=str(adapter), to="gguf", out=str(tmp_path / "out"), type="f32"))
+        export(ExportConfig(run=str(bundled_adapter), to="gguf", out=str(tmp_path / "out"), type="f32"))
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -179,7 +179,8 @@ def _channels(A_DN: torch.Tensor) -> slice:
 
 def _restricted(call: Call, channels: slice) -> Call:
     """The call as a scan of some channels sees it: with their part of what is added to the recurrence."""
-    return replace(call, states={name: _Part(edit, channels) for name, edit in call.states.items()})
+    parts = {name: _Part(edit, channels) for name, edit in call.states.items()}
+    return replace(call, states=parts) if parts else call
 
 
 @dataclass(frozen=True)
@@ -191,8 +192,7 @@ class _Part:
 
     @property
     def enabled(self) -> bool:
-        enabled: bool = self.whole.enabled
-        return enabled
+        return bool(self.whole.enabled)
 
     def __call__(self) -> torch.Tensor:
         value: torch.Tensor = self.whole()
