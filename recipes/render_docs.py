@@ -218,7 +218,8 @@ def bench_steps() -> str:
     for name, record in benchmarks().items():
         batch, length = record["shape"]["tokens"]
         shape = f"{batch} x {length:,} {record['shape']['dtype']}"
-        shape += ", recomputed" if record["config"]["recompute"] else ""
+        memory = record["config"].get("memory", "small" if record["config"].get("recompute") else "fast")
+        shape += "" if memory == "fast" else f", memory: {memory}"
         for side, found in record["sides"].items():
             row = [f"[{name}](../records/bench/{name}.json)", record["environment"]["device"], shape, side]
             if "error" in found:

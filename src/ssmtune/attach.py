@@ -21,6 +21,7 @@ from ssmtune.branches import BranchHooks
 from ssmtune.config import decode
 from ssmtune.errors import AdapterMismatch, AttachError
 from ssmtune.families.base import find_family
+from ssmtune.fast.base import FastLayers, install_fast
 from ssmtune.methods.base import TensorEdit, get_method
 from ssmtune.operations import install_operations
 from ssmtune.ops.seam import Call
@@ -55,11 +56,11 @@ class AdaptedModel(PeftModelForCausalLM):
         object.__setattr__(self, "plan", plan)
         object.__setattr__(self, "base_digest", digest or base_digest(model))
         object.__setattr__(self, "edits", {})
-        object.__setattr__(self, "fast_block", "off: no rewritten layer exists for this family yet")
+        object.__setattr__(self, "fast_block", "off")
+        object.__setattr__(self, "_fast", FastLayers())
         object.__setattr__(self, "_spent", "")
         object.__setattr__(self, "_branches", None)
-        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        object.__setattr__(self, "_required_grad", flags)
+        object.__setattr__(self, "_required_grad", {name: p.requires_grad for name, p in model.named_parameters()})
         order = [(module, list(module._parameters)) for module in model.modules() if module._parameters]
         object.__setattr__(self, "_parameter_order", order)
         object.__setattr__(self, "_operations", install_operations(model, find_family(model.config.model_type)[1]))
@@ -87,6 +88,14 @@ class AdaptedModel(PeftModelForCausalLM):
         """What each recurrent module was last given beside its input, by its name in the base model."""
         calls: dict[str, Call] = self._operations.calls
         return calls
+
+    def use_fast_layers(self) -> FastLayers:
+        """Put the family's rewritten layers under the model where they can serve, and say in `fast_block` what runs."""
+        base: PreTrainedModel = self.base_model.model
+        installed = install_fast(base, *find_family(base.config.model_type), self.plan)
+        object.__setattr__(self, "_fast", installed)
+        object.__setattr__(self, "fast_block", installed.describe())
+        return installed
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return every trained parameter by name: PEFT's factors under their module names, edits under their tensor's."""
@@ -196,6 +205,7 @@ class AdaptedModel(PeftModelForCausalLM):
         else:
             unwrap(base)
         self._operations.remove()
+        self._fast.remove()
         if self._branches is not None:
             self._branches.remove()
         for name, parameter in base.named_parameters():
@@ -235,6 +245,7 @@ def attach(model: PreTrainedModel, plan: Plan, fast: Fast = "auto") -> AdaptedMo
     """Return `model` with the plan's adapters on it; the model's layers are used in place.
 
     Trained parameters are fp32 and start as the identity. Nothing of transformers' classes is changed;
+    `fast`: "auto" rewrites decoder layers on a GPU where it can (`fast.base`), "off" never, "require" all of them.
     `adapted.detach()` gives the model back bitwise.
     Raises `PlanMismatch` when the plan was made for another architecture, before anything is touched;
     `AttachError` when the model already carries adapters, or `fast="require"` cannot be served.
@@ -242,15 +253,19 @@ def attach(model: PreTrainedModel, plan: Plan, fast: Fast = "auto") -> AdaptedMo
     >>> adapted = attach(model, make_plan(model, "all+core"))    # doctest: +SKIP
     """
     refuse_adapted(model)
-    inventory = refuse_other_model(model, plan)
-    if fast == "require":
-        raise AttachError(
-            f"fast='require': family {inventory.family!r} has no rewritten layer yet. Use fast='auto' or 'off'; "
-            "both run the model's own forward on ssmtune's operations."
-        )
+    refuse_other_model(model, plan)
     adapted = AdaptedModel(model, plan)
     adapted.require_gradients()
     vars(model)["_ssmtune_adapted"] = True
+    if fast == "require" or (fast == "auto" and model.device.type == "cuda"):
+        layers = adapted.use_fast_layers()
+        if fast == "require" and layers.reasons:
+            layer, reason = next(iter(layers.reasons.items()))
+            adapted.detach()
+            raise AttachError(
+                f"fast='require': {len(layers.reasons)} of {layers.num_layers} layers keep the model's own forward, "
+                f"for example {layer}: {reason}. Use fast='auto', which runs those on ssmtune's operations."
+            )
     return adapted
 
 

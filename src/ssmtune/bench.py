@@ -47,8 +47,8 @@ class BenchConfig:
     row_length: int = pydantic.Field(default=512, ge=2)
     num_steps: int = pydantic.Field(default=5, ge=1)
     repeats: int = pydantic.Field(default=3, ge=1)
-    recompute: bool = False
-    """Keep only the inputs of each layer for the backward pass and compute the rest again."""
+    memory: Literal["fast", "balanced", "small"] = "fast"
+    """What is kept for the backward pass (`memory`); for anything but "fast" the peer recomputes every layer."""
     peer: bool = True
     """Whether transformers + PEFT runs too."""
 

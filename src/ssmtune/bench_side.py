@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 from ssmtune.bench import BenchConfig
 from ssmtune.bench_profile import component_modules, component_shares
@@ -130,19 +129,21 @@ Prepared = tuple[dict[str, "nn.Parameter"], Callable[[torch.Tensor], torch.Tenso
 def _prepare_ssmtune(model: PreTrainedModel, plan: Plan, config: BenchConfig) -> Prepared:
     """Trained parameters, the loss of a batch, and what runs the operations: as `ssmtune train` does it."""
     from ssmtune.attach import attach
-    from ssmtune.sft import head_on
+    from ssmtune.head_loss import HeadLoss
+    from ssmtune.memory import keep_activations
 
     adapted = attach(model, plan).train()
-    if config.recompute:
-        adapted.activation_checkpointing_enable({"use_reentrant": False})
+    keep_activations(adapted, config.memory)
+    head_loss = HeadLoss(adapted)
 
     def loss_of(tokens_BT: torch.Tensor) -> torch.Tensor:
         rows, length = tokens_BT.shape
-        positions = torch.arange(rows * length, device=tokens_BT.device).view(rows, length)
+        positions = torch.arange(rows * length, device=tokens_BT.device).view(rows, length)[:, :-1].flatten()
         position_ids = torch.arange(length, device=tokens_BT.device).expand(rows, -1)
-        with head_on(adapted, positions[:, :-1].flatten()):
-            logits = adapted(input_ids=tokens_BT, position_ids=position_ids, use_cache=False).logits
-        return F.cross_entropy(logits.float(), tokens_BT[:, 1:].flatten())
+        targets = tokens_BT[:, 1:].flatten()
+        return head_loss(adapted, {"input_ids": tokens_BT, "position_ids": position_ids}, positions, targets) / len(
+            targets
+        )
 
     return adapted.trained_parameters(), loss_of, adapted.fast_block
 
@@ -165,7 +166,7 @@ def _prepare_peer(model: PreTrainedModel, plan: Plan, config: BenchConfig) -> Pr
     for site in plan.sites:
         if not get_method(site.method).in_module:
             model.get_parameter(site.path).requires_grad_(True)
-    if config.recompute:
+    if config.memory != "fast":
         model.enable_input_require_grads()
         model.activation_checkpointing_enable({"use_reentrant": False})
     wrapped.train()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
@@ -17,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ssmtune import adapter_files
 from ssmtune.core_guard import DecayGuard
+from ssmtune.head_loss import HeadLoss
 from ssmtune.packing import PackedCollator
 from ssmtune.records import file_sha256, write_json
 from ssmtune.schedules import Schedules
@@ -58,8 +56,8 @@ def make_sft_config(
         max_grad_norm=0.0,
         bf16=cuda and dtype == torch.bfloat16,
         fp16=False,
-        activation_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        # `memory.keep_activations` has switched recomputation on where it is wanted; the trainer would for every layer.
+        activation_checkpointing=False,
         eval_strategy="no" if warming_up else "steps",
         eval_steps=every,
         save_strategy="steps",
@@ -108,6 +106,7 @@ class EditTrainer(SFTTrainer):
         )
         self.adapted = adapted
         self.groups = grouped_parameters(adapted)
+        self.head_loss = HeadLoss(adapted)
         self.guard = DecayGuard(adapted)
         self.schedules = Schedules(adapted)
         self.tokens_seen = 0
@@ -128,20 +127,19 @@ class EditTrainer(SFTTrainer):
     ) -> Any:
         """Return the cross entropy of the completions' tokens, summed and divided by their number in the whole step.
 
-        The model's own head runs on the positions that have a target and on no others. In training each token has the
+        The head runs on the positions that have a target and on no others (`head_loss`). In training each token has the
         edits' penalty beside its own, so that a step has it once however its tokens are accumulated.
         """
         targets = inputs["targets"]
-        with head_on(self.adapted, inputs["loss_positions"]):
-            outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
-        total = F.cross_entropy(outputs.logits.float(), targets, reduction="sum")
+        given = {name: inputs[name] for name in ("input_ids", "position_ids")}
+        total = self.head_loss(model, given, inputs["loss_positions"], targets)
         if self.model.training:
             self.tokens_seen += inputs["num_tokens"]
             total = total + len(targets) * self.schedules.penalty()
         else:
             self.evaluated.append((float(total), len(targets)))
         loss = total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate with the loss per token over the whole set; the mean of batch means would depend on the batching."""
@@ -252,20 +250,6 @@ def grouped_parameters(adapted: AdaptedModel) -> dict[str, dict[str, torch.nn.Pa
     for name, parameter in adapted.trained_parameters().items():
         groups.setdefault(adapted.optimizer_group(name), {})[name] = parameter
     return groups
-
-
-@contextmanager
-def head_on(adapted: AdaptedModel, positions: torch.Tensor) -> Iterator[None]:
-    """While the block runs, the output head sees only the hidden states [B, T, d] at the flat `positions` [n], as [n, d]."""
-
-    def select(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        return (args[0].flatten(0, 1)[positions],)
-
-    handle = adapted.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _complete_facts(directory: Path) -> dict[str, Any] | None:

@@ -80,7 +80,7 @@ class TrainConfig:
     num_accumulated: int = pydantic.Field(default=1, ge=1)
     num_evaluations: int = pydantic.Field(default=5, ge=1)
     dtype: Dtype = "auto"
-    gradient_checkpointing: bool = False
+    memory: Literal["fast", "balanced", "small"] = "fast"
 
 
 def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, progress: bool = True) -> dict[str, Any]:
@@ -242,8 +242,10 @@ def _make_trainer(
 ) -> EditTrainer:
     """The trainer of a run, or, with a number of steps, of its warm-up below `directory`."""
     # TRL and transformers are imported here so that reading a config does not load them.
+    from ssmtune.memory import keep_activations
     from ssmtune.sft import EditTrainer, make_sft_config
 
+    keep_activations(adapted, config.memory)
     steps_per_epoch = -(-len(data.train) // (config.rows_per_step * config.num_accumulated))
     num_steps = num_warmup_steps or config.max_steps or max(1, round(steps_per_epoch * config.num_epochs))
     return EditTrainer(

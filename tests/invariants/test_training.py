@@ -226,7 +226,7 @@ def test_checkpointing_changes_nothing(
         return original(*args, **options)
 
     monkeypatch.setattr(modeling_utils, "checkpoint", checkpoint)
-    settings = micro_run(micro_model, micro_data, tmp_path / "saved", recipe=recipe, gradient_checkpointing=True)
+    settings = micro_run(micro_model, micro_data, tmp_path / "saved", recipe=recipe, memory="small")
     checkpointed = train_micro(settings)
     assert len(calls) == 4 * 2, "four steps of two layers"
     assert losses(plain) == losses(checkpointed)

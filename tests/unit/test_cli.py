@@ -66,7 +66,7 @@ OPTIONS = {
         "row_length",
         "steps",
         "repeats",
-        "recompute",
+        "memory",
         "peer",
         "out",
         "json_output",

@@ -19,7 +19,7 @@ def bench(
     row_length: Annotated[int, typer.Option(help="Tokens of one row.", min=2)] = 512,
     steps: Annotated[int, typer.Option(help="Timed steps per process.", min=1)] = 5,
     repeats: Annotated[int, typer.Option(help="Processes per side, in turn.", min=1)] = 3,
-    recompute: Annotated[bool, typer.Option(help="Keep layer inputs only and compute the rest again.")] = False,
+    memory: Annotated[str, typer.Option(help="fast, balanced or small: how much is kept for the backward.")] = "fast",
     peer: Annotated[bool, typer.Option(help="Measure transformers + PEFT too.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write the record to this file.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
@@ -44,7 +44,7 @@ def bench(
         "row_length": row_length,
         "num_steps": steps,
         "repeats": repeats,
-        "recompute": recompute,
+        "memory": memory,
         "peer": peer,
     }
     record = measure(decode(BenchConfig, fields, where="the command line"), on_message=words.print)

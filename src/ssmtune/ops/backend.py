@@ -19,7 +19,14 @@ Name = Literal["reference", "triton"]
 SWITCH = "SSMTUNE_OPS"
 """Environment variable: "reference" keeps every operation on plain PyTorch, to compare or to rule kernels out."""
 
-OPERATIONS = ("causal_conv1d", "gated_rms_norm", "mamba2_chunk_scan")
+OPERATIONS = (
+    "causal_conv1d",
+    "gated_rms_norm",
+    "linear_cross_entropy",
+    "mamba2_chunk_scan",
+    "mamba2_conv_scan",
+    "projection",
+)
 """Operations that have kernels."""
 
 FIRST_VERSION = (3, 4)

@@ -23,39 +23,61 @@ def gated_rms_norm(
     return y
 
 
+def run_forward(
+    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None, eps: float, size: int
+) -> torch.Tensor:
+    """Return the normed input, dense; no gradient is followed."""
+    rows, gates = as_rows(x), None if gate is None else as_rows(gate)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    num_rows, width = rows.shape
+    forward_kernel[(num_rows, width // size)](
+        rows, gates, weight, y, num_rows, size, rows.stride(0), 0 if gates is None else gates.stride(0), width,
+        eps, HAS_GATE=gate is not None, **_block(size),
+    )  # fmt: skip
+    return y
+
+
+def run_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor | None,
+    eps: float,
+    size: int,
+    *,
+    trains: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of x, of the gate, and with `trains` of the weight, fp32."""
+    rows, gates, upstream = as_rows(x), None if gate is None else as_rows(gate), as_rows(dy)
+    num_rows, width = rows.shape
+    programs = min(num_rows, MAX_PROGRAMS)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
+    dweight = torch.empty(programs if trains else 0, width, dtype=torch.float32, device=x.device)
+    backward_kernel[(programs, width // size)](
+        rows, gates, weight, upstream, dx, dgate, dweight, num_rows, -(-num_rows // programs), size,
+        rows.stride(0), 0 if gates is None else gates.stride(0), upstream.stride(0), width, eps,
+        HAS_GATE=gate is not None, TRAINS=trains, **_block(size),
+    )  # fmt: skip
+    return dx, dgate, dweight.sum(0) if trains else None
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, gate: Any, eps: float, size: int) -> torch.Tensor:
         ctx.save_for_backward(x, weight, gate)
         ctx.eps, ctx.size = eps, size
-        rows, gates = _as_rows(x), None if gate is None else _as_rows(gate)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        num_rows, width = rows.shape
-        forward_kernel[(num_rows, width // size)](
-            rows, gates, weight, y, num_rows, size, rows.stride(0), 0 if gates is None else gates.stride(0), width,
-            eps, HAS_GATE=gate is not None, **_block(size),
-        )  # fmt: skip
-        return y
+        return run_forward(x, weight, gate, eps, size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, weight, gate = ctx.saved_tensors
-        rows, gates, upstream = _as_rows(x), None if gate is None else _as_rows(gate), _as_rows(dy)
-        num_rows, width = rows.shape
-        programs, trains = min(num_rows, MAX_PROGRAMS), ctx.needs_input_grad[1]
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
-        dweight = torch.empty(programs if trains else 0, width, dtype=torch.float32, device=x.device)
-        backward_kernel[(programs, width // ctx.size)](
-            rows, gates, weight, upstream, dx, dgate, dweight, num_rows, -(-num_rows // programs), ctx.size,
-            rows.stride(0), 0 if gates is None else gates.stride(0), upstream.stride(0), width, ctx.eps,
-            HAS_GATE=gate is not None, TRAINS=trains, **_block(ctx.size),
-        )  # fmt: skip
-        return dx, dweight.sum(0).to(weight.dtype) if trains else None, dgate, None, None
+        dx, dgate, dweight = run_backward(dy, x, weight, gate, ctx.eps, ctx.size, trains=ctx.needs_input_grad[1])
+        return dx, None if dweight is None else dweight.to(weight.dtype), dgate, None, None
 
 
-def _as_rows(t: torch.Tensor) -> torch.Tensor:
+def as_rows(t: torch.Tensor) -> torch.Tensor:
     """[rows, D] with a contiguous last dimension; a view where the strides allow it (a slice of a projection's output)."""
     return (t if t.stride(-1) == 1 else t.contiguous()).flatten(0, -2)
 

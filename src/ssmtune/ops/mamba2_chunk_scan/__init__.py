@@ -10,7 +10,7 @@ from ssmtune.ops.backend import Backend, choose
 from ssmtune.ops.mamba2_chunk_scan import reference
 from ssmtune.ops.mamba2_chunk_scan.reference import mamba2_recurrence
 
-__all__ = ["mamba2_chunk_scan", "mamba2_recurrence"]
+__all__ = ["mamba2_chunk_scan", "mamba2_recurrence", "refusal"]
 
 MAX_WIDTH, MAX_STATE = 128, 256
 """The largest head and state that the kernels hold in one block."""
@@ -40,7 +40,8 @@ def mamba2_chunk_scan(
     `backend`: `ops.backend` chooses. Raises `ConfigError` when "triton" is asked for and cannot run.
     """
     run = reference.mamba2_chunk_scan
-    if choose("mamba2_chunk_scan", x_BTHP, backend, _refusal(x_BTHP, B_BTGN)).name == "triton":
+    problem = refusal(x_BTHP.dtype, x_BTHP.shape[-1], B_BTGN.shape[-1])
+    if choose("mamba2_chunk_scan", x_BTHP, backend, problem).name == "triton":
         from ssmtune.ops.mamba2_chunk_scan import triton
 
         run = triton.mamba2_chunk_scan
@@ -60,12 +61,12 @@ def mamba2_chunk_scan(
     )
 
 
-def _refusal(x_BTHP: torch.Tensor, B_BTGN: torch.Tensor) -> str | None:
-    """Why the kernels cannot serve these inputs, or None."""
-    if x_BTHP.dtype not in (torch.float32, torch.bfloat16):
-        return f"inputs are {str(x_BTHP.dtype).removeprefix('torch.')}; the kernels take fp32 and bf16"
-    if x_BTHP.shape[-1] > MAX_WIDTH:
-        return f"head width {x_BTHP.shape[-1]} is over {MAX_WIDTH}"
-    if B_BTGN.shape[-1] > MAX_STATE:
-        return f"state size {B_BTGN.shape[-1]} is over {MAX_STATE}"
+def refusal(dtype: torch.dtype, width: int, state: int) -> str | None:
+    """Return why the kernels cannot serve inputs of this kind, or None."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"inputs are {str(dtype).removeprefix('torch.')}; the kernels take fp32 and bf16"
+    if width > MAX_WIDTH:
+        return f"head width {width} is over {MAX_WIDTH}"
+    if state > MAX_STATE:
+        return f"state size {state} is over {MAX_STATE}"
     return None

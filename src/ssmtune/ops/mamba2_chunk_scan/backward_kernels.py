@@ -37,8 +37,8 @@ def pass_back_kernel(grads_ptr, states_ptr, final_grad_ptr, initial_grad_ptr, th
     for back in tl.range(num_chunks, num_stages=STAGES):
         chunk = num_chunks - 1 - back
         cell = (line * num_chunks + chunk) * size + at
-        own = tl.load(grads_ptr + cell, mask=inside, other=0.0)
-        entering = tl.load(states_ptr + cell, mask=inside, other=0.0)
+        own = tl.load(grads_ptr + cell, mask=inside, other=0.0).to(tl.float32)
+        entering = tl.load(states_ptr + cell, mask=inside, other=0.0).to(tl.float32)
         tl.store(grads_ptr + cell, grad, mask=inside)
         keep = tl.exp(tl.load(decay_ptr + (line * num_chunks + chunk) * L + L - 1))
         if HAS_SEQ:
@@ -54,7 +54,7 @@ def pass_back_kernel(grads_ptr, states_ptr, final_grad_ptr, initial_grad_ptr, th
 @triton.jit(do_not_specialize=["num_steps"])
 def inputs_kernel(x_ptr, dy_ptr, B_ptr, D_ptr, scores_ptr, grads_ptr, step_ptr, decay_ptr, seq_ptr, dx_ptr, direct_ptr,
                   dD_ptr, num_steps, num_heads, per_group, P, N, x_b, x_t, x_h, dy_b, dy_t, dy_h, B_b, B_t, B_g,
-                  HAS_D: tl.constexpr, HAS_SEQ: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr,
+                  dx_b, dx_t, dx_h, HAS_D: tl.constexpr, HAS_SEQ: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr,
                   BLOCK_N: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
     """Write dx, the part of ddt that comes through dt x (`direct` [B, H, T']), and dD by chunk [B, H, c].
 
@@ -91,7 +91,7 @@ def inputs_kernel(x_ptr, dy_ptr, B_ptr, D_ptr, scores_ptr, grads_ptr, step_ptr, 
     if HAS_D:
         dx += tl.load(D_ptr + head).to(tl.float32) * dy.to(tl.float32)
         tl.store(dD_ptr + tl.program_id(1) * num_chunks + chunk, tl.sum(dy.to(tl.float32) * x))
-    where = ((batch.to(tl.int64) * num_steps + t[:, None]) * num_heads + head) * P + p[None, :]
+    where = batch.to(tl.int64) * dx_b + t[:, None].to(tl.int64) * dx_t + head * dx_h + p[None, :]
     tl.store(dx_ptr + where, dx, mask=(t[:, None] < num_steps) & (p[None, :] < P))
 
 
@@ -118,10 +118,7 @@ def scores_back_kernel(x_ptr, dy_ptr, scores_ptr, step_ptr, decay_ptr, seq_ptr, 
         line = (batch * num_heads + head).to(tl.int64) * num_chunks * L + chunk * L
         x = load_block(x_ptr + batch.to(tl.int64) * x_b + head * x_h, t, p, num_steps, P, x_t, 1)
         dy = load_block(dy_ptr + batch.to(tl.int64) * dy_b + head * dy_h, t, p, num_steps, P, dy_t, 1)
-        if EXACT:
-            product = multiply(dy, tl.trans(x), EXACT)
-        else:
-            product = tl.dot(dy, tl.trans(x))
+        product = multiply(dy, tl.trans(x), EXACT)
         product *= pair_weights(decay_ptr + line, seq_ptr, batch, chunk, num_steps, HAS_SEQ, L)
         product *= tl.load(step_ptr + line + i)[None, :]
         acc += product
@@ -170,7 +167,8 @@ def through_states_kernel(rows_ptr, states_ptr, cols_ptr, step_ptr, decay_ptr, s
 
 @triton.jit(do_not_specialize=["num_steps"])
 def readouts_kernel(scores_grad_ptr, through_B_ptr, through_C_ptr, B_ptr, C_ptr, dB_ptr, dC_ptr, num_steps,
-                    num_groups, N, B_b, B_t, B_g, C_b, C_t, C_g, SPLITS: tl.constexpr, L: tl.constexpr,
+                    num_groups, N, B_b, B_t, B_g, C_b, C_t, C_g, dB_b, dB_t, dB_g, dC_b, dC_t, dC_g,
+                    SPLITS: tl.constexpr, L: tl.constexpr,
                     BLOCK_N: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
     """Write dB and dC: what came through the states plus what came through the scores.
 
@@ -194,10 +192,10 @@ def readouts_kernel(scores_grad_ptr, through_B_ptr, through_C_ptr, B_ptr, C_ptr,
     c = load_block(C_ptr + batch.to(tl.int64) * C_b + group * C_g, t, n, num_steps, N, C_t, 1)
     dC += multiply(scores_grad, b, EXACT)
     dB += multiply(tl.trans(scores_grad), c, EXACT)
-    where = ((batch.to(tl.int64) * num_steps + t[:, None]) * num_groups + group) * N + n[None, :]
+    batch, t = batch.to(tl.int64), t.to(tl.int64)
     inside = (n < N)[None, :] & (t < num_steps)[:, None]
-    tl.store(dB_ptr + where, dB, mask=inside)
-    tl.store(dC_ptr + where, dC, mask=inside)
+    tl.store(dB_ptr + batch * dB_b + group * dB_g + t[:, None] * dB_t + n[None, :], dB, mask=inside)
+    tl.store(dC_ptr + batch * dC_b + group * dC_g + t[:, None] * dC_t + n[None, :], dC, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_steps"])

@@ -3,7 +3,7 @@
 A sequence is cut into chunks of L steps; one program works on one chunk of one head (or group).
 `step` [B, H, T'] is dt after bias, softplus, limits and padding; `decay` [B, H, T'] the running sum of A dt inside the
 chunk; T' is T rounded up to whole chunks, and steps beyond T are zero.
-`states` [B, H, c, P, N] and everything summed is fp32.
+`states` [B, H, c, P, N] are kept in fp32, beside bf16 activations in bf16; everything summed is fp32.
 """
 
 import triton
@@ -12,10 +12,10 @@ import triton.language as tl
 
 @triton.jit
 def multiply(a, b, EXACT: tl.constexpr):
-    """a @ b in fp32: on tensor cores in tf32, or split in three to keep fp32 precision."""
+    """a @ b, summed in fp32: of operands rounded to bf16, or of fp32 ones split in three, which keeps their precision."""
     if EXACT:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32x3")
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32")
+    return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
 
 
 @triton.jit
@@ -95,10 +95,7 @@ def scores_kernel(C_ptr, B_ptr, out_ptr, num_steps, num_groups, N, C_b, C_t, C_g
         n = first + tl.arange(0, BLOCK_N)
         c = load_block(C_ptr, t, n, num_steps, N, C_t, 1)
         b = load_block(B_ptr, t, n, num_steps, N, B_t, 1)
-        if EXACT:
-            acc += multiply(c, tl.trans(b), EXACT)
-        else:
-            acc += tl.dot(c, tl.trans(b))  # bf16 inputs as they are: the products lose nothing
+        acc += multiply(c, tl.trans(b), EXACT)
     cell = ((batch * tl.num_programs(0) + chunk) * num_groups + group).to(tl.int64) * L * L
     tl.store(out_ptr + cell + i[:, None] * L + i[None, :], acc)
 
@@ -159,7 +156,7 @@ def pass_kernel(states_ptr, initial_ptr, final_ptr, decay_ptr, seq_ptr, num_step
         state = tl.load(initial_ptr + line * size + at, mask=inside, other=0.0).to(tl.float32)
     for chunk in tl.range(num_chunks, num_stages=STAGES):
         cell = states_ptr + (line * num_chunks + chunk) * size + at
-        added = tl.load(cell, mask=inside, other=0.0)
+        added = tl.load(cell, mask=inside, other=0.0).to(tl.float32)
         tl.store(cell, state, mask=inside)
         keep = tl.exp(tl.load(decay_ptr + (line * num_chunks + chunk) * L + L - 1))
         if HAS_SEQ:

@@ -32,7 +32,7 @@ class Shape:
     softplus: bool
     limit: tuple[float, float]
     exact: bool
-    """Keep fp32 precision in products; else operands that are not bf16 already are rounded to tf32."""
+    """Keep fp32 precision in products and states; else operands and the states between kernels are rounded to bf16."""
 
     @property
     def chunks(self) -> int:
@@ -112,7 +112,8 @@ def chunk_scores(s: Shape, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
 
 def _chunk_sums(s: Shape, rows: Any, cols: Any, step: Any, decay: Any, seq: Any, at_end: bool) -> torch.Tensor:
     """Weighted sums of rows cols^T over each chunk, [B, H, c, P, N]."""
-    out = torch.empty(s.batch, s.heads, s.chunks, s.width, s.state, dtype=torch.float32, device=rows.device)
+    kept = torch.float32 if s.exact else torch.bfloat16
+    out = torch.empty(s.batch, s.heads, s.chunks, s.width, s.state, dtype=kept, device=rows.device)
     states_kernel[(s.chunks, s.batch * s.heads, s.blocks_n)](
         rows, cols, step, decay, seq, out, s.steps, s.heads, s.heads // s.groups, s.width, s.state,
         *rows.stride()[:3], *cols.stride()[:3], AT_END=at_end, HAS_SEQ=seq is not None, **s.blocks(), **LAUNCH,
@@ -120,12 +121,16 @@ def _chunk_sums(s: Shape, rows: Any, cols: Any, step: Any, decay: Any, seq: Any,
     return out
 
 
+def _fp32_state(s: Shape, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(s.batch, s.heads, s.width, s.state, dtype=torch.float32, device=like.device)
+
+
 def entering_states(
     s: Shape, x: Any, B: Any, step: Any, decay: Any, seq: Any, initial: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The state that enters each chunk, [B, H, c, P, N], and the final one."""
     states = _chunk_sums(s, x, B, step, decay, seq, True)
-    final, size = torch.empty_like(states[:, :, 0]), s.width * s.state
+    final, size = _fp32_state(s, x), s.width * s.state
     pass_kernel[(-(-size // PASS_BLOCK), s.batch * s.heads)](
         states, None if initial is None else initial.contiguous(), final, decay, seq, s.steps, s.chunks, s.heads, size,
         HAS_INITIAL=initial is not None, HAS_SEQ=seq is not None, L=CHUNK, BLOCK=PASS_BLOCK, STAGES=PASS_STAGES, num_warps=4,
@@ -138,7 +143,7 @@ def leaving_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradient of the state that leaves each chunk, of the log decay of what passes [B, H, c], and of the initial state."""
     grads = _chunk_sums(s, dy, C, step, decay, seq, False)
-    initial_grad, size = torch.empty_like(grads[:, :, 0]), s.width * s.state
+    initial_grad, size = _fp32_state(s, dy), s.width * s.state
     blocks = -(-size // PASS_BLOCK)
     through = torch.empty(s.batch, s.heads, blocks, s.chunks, dtype=torch.float32, device=dy.device)
     pass_back_kernel[(blocks, s.batch * s.heads)](

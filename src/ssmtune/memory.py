@@ -1,0 +1,36 @@
+"""How much of the forward pass is kept for the backward pass: the dial between memory and speed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ssmtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ssmtune.attach import AdaptedModel
+
+Memory = Literal["fast", "balanced", "small"]
+"""fast: keep what the layers keep. balanced: of every second layer keep its input only. small: of every layer."""
+
+
+def keep_activations(adapted: AdaptedModel, memory: Memory) -> None:
+    """Let `adapted` keep as much for the backward pass as `memory` says, and compute the rest again.
+
+    Raises `ConfigError` for a model of which transformers can recompute no layers.
+    """
+    if memory == "fast":
+        return
+    base = adapted.get_base_model()
+    if not base.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"memory: {memory!r}: {type(base).__name__} has no layers that can be recomputed. Use memory: fast."
+        )
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [name for name, module in base.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    outermost = [name for name in layers if not any(name.startswith(f"{other}.") for other in layers)]
+    for name in outermost[1::2] if memory == "balanced" else ():
+        for module in base.get_submodule(name).modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                vars(module)["gradient_checkpointing"] = False

@@ -1,0 +1,65 @@
+"""Triton kernels of the activations in front of a projection."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _activation(x, SILU: tl.constexpr):
+    """The activation and its derivative."""
+    if SILU:
+        sigmoid = 1 / (1 + tl.exp(-x))
+        value = x * sigmoid
+        slope = sigmoid + value * (1 - sigmoid)
+    else:
+        positive = tl.maximum(x, 0.0)
+        value = positive * positive
+        slope = 2 * positive
+    return value, slope
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def forward_kernel(x_ptr, up_ptr, y_ptr, num_rows, width, x_row, up_row, SILU: tl.constexpr, HAS_UP: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
+    """Write act(x) up, dense. Grid (rows, blocks of the width)."""
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    x = tl.load(x_ptr + row * x_row + at, mask=inside, other=0.0).to(tl.float32)
+    y, _ = _activation(x, SILU)
+    if HAS_UP:
+        y *= tl.load(up_ptr + row * up_row + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * width + at, y, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def backward_kernel(x_ptr, up_ptr, dy_ptr, dx_ptr, dup_ptr, y_ptr, num_rows, width, x_row, up_row, dx_row, dup_row,
+                    SILU: tl.constexpr, HAS_UP: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Write dx and dup, and with AGAIN the forward's result, dense like dy. Grid (rows, blocks of the width)."""
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    x = tl.load(x_ptr + row * x_row + at, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    value, slope = _activation(x, SILU)
+    if HAS_UP:
+        up = tl.load(up_ptr + row * up_row + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dup_ptr + row * dup_row + at, dy * value, mask=inside)
+        dy *= up
+        value *= up
+    tl.store(dx_ptr + row * dx_row + at, dy * slope, mask=inside)
+    if AGAIN:
+        tl.store(y_ptr + row * width + at, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def dropout_kernel(x_ptr, y_ptr, num, seed, rate, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """Write x with a share `rate` of its elements zero and the others scaled up, or with ADD add that to y.
+
+    Which ones follows from `seed` and the element's number alone. Grid (blocks of elements).
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.where(tl.rand(seed, at.to(tl.int32)) >= rate, x / (1 - rate), 0.0)
+    if ADD:
+        value += tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, value, mask=inside)

@@ -1,0 +1,42 @@
+"""What a projection is given beside its input and weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+ACTIVATIONS = ("silu", "relu2")
+"""Activations that the kernels know; "relu2" is the square of the positive part."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The factors A [r, I] and B [O, r] of an adapter, what their product is multiplied by, and the dropout before A."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Normed:
+    """weight * norm(x silu(gate)): a root-mean-square norm over groups of `size` neighbours; gate [..., I] is optional."""
+
+    weight_D: torch.Tensor
+    eps: float
+    gate: torch.Tensor | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Activated:
+    """act(x), times `up` [..., I] where it is given; with `halves`, x holds what is activated and, behind it, `up`."""
+
+    activation: str
+    up: torch.Tensor | None = None
+    halves: bool = False
+
+
+Prologue = Normed | Activated

@@ -1,0 +1,200 @@
+"""The adapted projection on NVIDIA GPUs: cuBLAS for the products, Triton for what lies before them.
+
+The residual and the low-rank term are added by the products themselves (beta of a matrix product); the low-rank input
+p A^T [..., r] is kept, the prologue's result p is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch.autograd.function import once_differentiable
+
+from ssmtune.ops.gated_rms_norm import triton as norm
+from ssmtune.ops.projection.kernels import backward_kernel, dropout_kernel, forward_kernel
+from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Prologue
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What of a call is no tensor."""
+
+    kind: str
+    """"none", "norm", or an activation."""
+    halves: bool
+    eps: float
+    size: int
+    scale: float
+    multiplier: float
+    dropout: float
+    seed: int
+
+
+def projection(
+    x: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    *,
+    low_rank: LowRank | None,
+    prologue: Prologue | None,
+    residual: torch.Tensor | None,
+    multiplier: float,
+) -> torch.Tensor:
+    """The reference's function with the reference's arguments; fp32 and bf16."""
+    second = norm_weight = None
+    kind, halves, eps, size = "none", False, 0.0, 0
+    if isinstance(prologue, Normed):
+        kind, second, norm_weight, eps = "norm", prologue.gate, prologue.weight_D, prologue.eps
+        size = norm_weight.shape[0] if prologue.size is None else prologue.size
+    elif isinstance(prologue, Activated):
+        kind, second, halves = prologue.activation, prologue.up, prologue.halves
+    A, B, scale, dropout = (
+        (None, None, 0.0, 0.0) if low_rank is None else (low_rank.A, low_rank.B, low_rank.scale, low_rank.dropout)
+    )
+    # From PyTorch's generator, which a recomputed layer finds as the first computation found it.
+    seed = int(torch.randint(2**31, ())) if dropout else 0
+    spec = _Spec(kind, halves, eps, size, scale, multiplier, dropout, seed)
+    y: torch.Tensor = _Projection.apply(  # type: ignore[no-untyped-call]
+        x, second, norm_weight, weight_OI, bias_O, A, B, residual, spec
+    )
+    return y
+
+
+class _Projection(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Any,
+        second: Any,
+        norm_weight: Any,
+        weight: Any,
+        bias: Any,
+        A: Any,
+        B: Any,
+        residual: Any,
+        spec: Any,
+    ) -> torch.Tensor:
+        p = _prepare(x, second, norm_weight, spec).flatten(0, -2)
+        m = spec.multiplier
+        if residual is not None:
+            y = torch.addmm(residual.reshape(-1, weight.shape[0]), p, weight.t(), alpha=m)
+            y = y if bias is None else y.add_(bias, alpha=m)
+        elif bias is not None:
+            y = torch.addmm(bias, p, weight.t(), alpha=m, beta=m)
+        else:
+            y = _product(p, weight.t(), m)
+        v = None
+        if A is not None:
+            v = torch.mm(_drop(p, spec), A.to(p.dtype).t())
+            y.addmm_(v, B.to(p.dtype).t(), alpha=m * spec.scale)
+        ctx.save_for_backward(x, second, norm_weight, weight, A, B, v)
+        ctx.spec, ctx.lead = spec, x.shape[:-1]
+        return y.view(*ctx.lead, weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        x, second, norm_weight, weight, A, B, v = ctx.saved_tensors
+        spec: _Spec = ctx.spec
+        flat = dy.reshape(-1, weight.shape[0])
+        dA = dB = dv = None
+        if A is not None:
+            scale = spec.multiplier * spec.scale
+            dv = torch.mm(flat, B.to(flat.dtype)).mul_(scale)
+            dB = torch.mm(flat.t(), v).float().mul_(scale).to(B.dtype)
+        needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        dx = dsecond = p = None
+        if needs_x:
+            dp = _product(flat, weight, spec.multiplier)
+            if dv is not None:
+                _add_through_dropout(dp, dv, A.to(dp.dtype), spec)
+            dx, dsecond, p = _prepare_back(dp.view(*ctx.lead, -1), x, second, norm_weight, spec, again=A is not None)
+        if dv is not None:
+            p = _prepare(x, second, norm_weight, spec) if p is None else p
+            dA = torch.mm(dv.t(), _drop(p.flatten(0, -2), spec)).to(A.dtype)
+        return dx, dsecond, None, None, None, dA, dB, dy if ctx.needs_input_grad[7] else None, None
+
+
+def _drop(p: torch.Tensor, spec: _Spec) -> torch.Tensor:
+    """What the low-rank term reads: the same elements dropped at every call with the same seed."""
+    if not spec.dropout:
+        return p
+    out, p = torch.empty_like(p), p.contiguous()
+    dropout_kernel[_blocks(p)](p, out, p.numel(), spec.seed, spec.dropout, ADD=False, **BLOCK)
+    return out
+
+
+def _add_through_dropout(dp: torch.Tensor, dv: torch.Tensor, A: torch.Tensor, spec: _Spec) -> None:
+    if not spec.dropout:
+        dp.addmm_(dv, A)
+        return
+    through = torch.mm(dv, A)
+    dropout_kernel[_blocks(dp)](through, dp, dp.numel(), spec.seed, spec.dropout, ADD=True, **BLOCK)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
+    """a b times a number, which the matrix product applies before it rounds."""
+    if factor == 1.0:
+        return torch.mm(a, b)
+    unread = torch.empty((), dtype=a.dtype, device=a.device).expand(a.shape[0], b.shape[1])
+    return torch.addmm(unread, a, b, beta=0, alpha=factor)
+
+
+def _prepare(x: torch.Tensor, second: Any, norm_weight: Any, spec: _Spec) -> torch.Tensor:
+    """What the projection reads, dense."""
+    if spec.kind == "none":
+        return x
+    if spec.kind == "norm":
+        return norm.run_forward(x, norm_weight, second, spec.eps, spec.size)
+    first, up = _parts(x, second, spec)
+    y = torch.empty(*x.shape[:-1], first.shape[-1], dtype=x.dtype, device=x.device)
+    forward_kernel[_grid(first)](
+        first, up, y, *first.shape, first.stride(0), 0 if up is None else up.stride(0), SILU=spec.kind == "silu",
+        HAS_UP=up is not None, **BLOCK,
+    )  # fmt: skip
+    return y
+
+
+def _prepare_back(
+    dp: torch.Tensor, x: torch.Tensor, second: Any, norm_weight: Any, spec: _Spec, *, again: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of x and of the gate or `up`, and with `again` what the projection reads, where it costs no read."""
+    if spec.kind == "none":
+        return dp, None, x
+    if spec.kind == "norm":
+        dx, dgate, _ = norm.run_backward(dp, x, norm_weight, second, spec.eps, spec.size)
+        return dx, dgate, None
+    first, up = _parts(x, second, spec)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dsecond = None if second is None else torch.empty(second.shape, dtype=x.dtype, device=x.device)
+    dfirst, dup = _parts(dx, dsecond, spec)
+    y = torch.empty_like(dp) if again else None
+    backward_kernel[_grid(first)](
+        first, up, dp, dfirst, dup, y, *first.shape, first.stride(0), 0 if up is None else up.stride(0),
+        dfirst.stride(0), 0 if dup is None else dup.stride(0), SILU=spec.kind == "silu", HAS_UP=up is not None,
+        AGAIN=again, **BLOCK,
+    )  # fmt: skip
+    return dx, dsecond, y
+
+
+def _parts(x: torch.Tensor, second: torch.Tensor | None, spec: _Spec) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What is activated and what it is multiplied by, [rows, width] each, views with a contiguous last dimension."""
+    rows = norm.as_rows(x)
+    if spec.halves:
+        width = rows.shape[1] // 2
+        return rows[:, :width], rows[:, width:]
+    return rows, None if second is None else norm.as_rows(second)
+
+
+BLOCK = {"BLOCK": 1024, "num_warps": 4}
+
+
+def _grid(first: torch.Tensor) -> tuple[int, int]:
+    return first.shape[0], int(triton.cdiv(first.shape[1], BLOCK["BLOCK"]))
+
+
+def _blocks(t: torch.Tensor) -> tuple[int]:
+    return (int(triton.cdiv(t.numel(), BLOCK["BLOCK"])),)

@@ -1,0 +1,150 @@
+"""The kernels of the rewritten layers in Triton's interpreter, against formulas in fp64: outputs and all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tolerances import OP_FP32, relative_rms
+
+pytest.importorskip("triton", reason="the kernels need Triton, which is built for Linux only")
+
+from ssmtune.ops.case import Tensors
+from ssmtune.ops.linear_cross_entropy import cases as loss_cases
+from ssmtune.ops.linear_cross_entropy import linear_cross_entropy
+from ssmtune.ops.linear_cross_entropy import triton as loss_kernels
+from ssmtune.ops.mamba2_chunk_scan import stages
+from ssmtune.ops.mamba2_conv_scan import cases as conv_scan_cases
+from ssmtune.ops.projection import LowRank, projection
+from ssmtune.ops.projection import cases as projection_cases
+from ssmtune.ops.projection import triton as projection_kernels
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
+
+Run = Callable[[Tensors], torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small chunks and shares, and memory from torch.empty that holds NaN, so that an element that nobody writes shows."""
+    monkeypatch.setattr(stages, "CHUNK", 16)
+    monkeypatch.setattr(loss_kernels, "LOGITS_BYTES", 4 * 37 * 4)
+    monkeypatch.setattr(loss_kernels, "BLOCK", {"BLOCK": 16, "num_warps": 1})
+    monkeypatch.setattr(projection_kernels, "BLOCK", {"BLOCK": 16, "num_warps": 1})
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def with_gradients(run: Run, tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """The output, and every gradient that exists under a fixed random loss."""
+    leaves = {
+        name: value.to(dtype).clone().requires_grad_() if value.is_floating_point() else value
+        for name, value in tensors.items()
+    }
+    output = run(leaves)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    asked = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    found = torch.autograd.grad(output, list(asked.values()), upstream.to(output.dtype), allow_unused=True)
+    gradients = {f"gradient of {n}": g for n, g in zip(asked, found, strict=True) if g is not None}
+    return {"output": output.detach()} | gradients
+
+
+def check(run: Run, truth: Run, tensors: Tensors) -> None:
+    """fp32 within the limit of an fp32 operation, in the output and every gradient; the same gradients exist."""
+    found, exact = with_gradients(run, tensors, torch.float32), with_gradients(truth, tensors, torch.float64)
+    assert found.keys() == exact.keys()
+    errors = {name: relative_rms(found[name], exact[name]) for name in exact}
+    assert max(errors.values()) <= OP_FP32, errors
+
+
+PROJECTIONS = {case.label: case for case in projection_cases.cases()}
+KINDS = {
+    "behind a norm": "norm",
+    "behind a gated norm in groups, residual": "norm",
+    "behind two halves": "halves",
+    "behind silu with up": "silu",
+    "behind relu2": "relu2",
+    "frozen, behind a norm, bias and residual": "norm",
+}
+
+
+@pytest.mark.parametrize("label", PROJECTIONS)
+def test_projection(label: str) -> None:
+    kind = KINDS.get(label, "none")
+    check(
+        lambda t: projection_cases.run(t, kind, backend="triton"),
+        lambda t: projection_cases.truth(t, kind),
+        PROJECTIONS[label].inputs,
+    )
+
+
+def test_projection_reads_slices() -> None:
+    """A gate and an input that are slices of a wider tensor give what copies of them give."""
+    t = PROJECTIONS["behind a gated norm in groups, residual"].inputs
+    wide = torch.randn(2, 5, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def sliced(t: Tensors) -> Tensors:
+        return t | {"x": t["wide"][..., 3:27], "second": t["wide"][..., 30:54]}
+
+    given = {name: value for name, value in t.items() if name not in ("x", "second")} | {"wide": wide}
+    check(
+        lambda t: projection_cases.run(sliced(t), "norm", backend="triton"),
+        lambda t: projection_cases.truth(sliced(t), "norm"),
+        given,
+    )
+
+
+def test_dropout_of_the_low_rank_input() -> None:
+    """A share of the elements is dropped, the others are scaled up; forward and backward drop the same ones."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(64, 24, generator=g, requires_grad=True)
+    A, B = (torch.randn(s, generator=g, requires_grad=True) for s in ((3, 24), (17, 3)))
+    weight = torch.zeros(17, 24)
+    torch.manual_seed(11)
+    y = projection(x, weight, low_rank=LowRank(A, B, 1.0, dropout=0.25), backend="triton")
+    # What was dropped is read off the gradients of single elements: y = (x * kept) A^T B^T.
+    upstream = torch.randn(y.shape, generator=g)
+    dx, dA, dB = torch.autograd.grad(y, (x, A, B), upstream)
+    kept = dx / (upstream @ B @ A)
+    values = kept.detach().round(decimals=4).unique()
+    assert torch.allclose(values, torch.tensor([0.0, 4 / 3]), atol=1e-3)
+    # 1,536 elements: 5 standard deviations of the share are 0.055.
+    assert abs(float((kept == 0).double().mean()) - 0.25) < 0.055
+    v = (x * kept) @ A.T
+    assert relative_rms(y.detach(), (v @ B.T).detach()) <= OP_FP32
+    assert relative_rms(dA, ((upstream @ B).T @ (x * kept)).detach()) <= OP_FP32
+    assert relative_rms(dB, (upstream.T @ v).detach()) <= OP_FP32
+    torch.manual_seed(11)
+    again = projection(x, weight, low_rank=LowRank(A, B, 1.0, dropout=0.25), backend="triton")
+    assert torch.equal(again, y)
+
+
+@pytest.mark.parametrize("case", loss_cases.cases(), ids=lambda case: case.label)
+def test_loss(case: loss_cases.Case) -> None:
+    check(
+        lambda t: linear_cross_entropy(t["hidden"], t["weight"].detach(), t["targets"], backend="triton"),
+        lambda t: case.truth(t)["loss"],
+        case.inputs,
+    )
+
+
+def test_loss_of_large_logits() -> None:
+    """Logits far above what exp can take, and blocks that hold none of a row's."""
+    hidden = torch.tensor([[300.0, -200.0], [-300.0, 5.0]])
+    weight = torch.randn(37, 2, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0, 36])
+    loss = linear_cross_entropy(hidden, weight, targets, backend="triton")
+    truth = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="sum")
+    assert relative_rms(loss, truth) <= OP_FP32
+
+
+@pytest.mark.parametrize("case", conv_scan_cases.cases(), ids=lambda case: case.label)
+def test_conv_scan(case: conv_scan_cases.Case) -> None:
+    limit = (0.01, 1.5)
+    check(
+        lambda t: conv_scan_cases.run(t, dt_limit=limit, backend="triton"),
+        lambda t: conv_scan_cases.truth(t, limit),
+        case.inputs,
+    )
