@@ -17,7 +17,7 @@ def _gated(x_ptr, gate_ptr, row, x_row, gate_row, at, inside, HAS_GATE: tl.const
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def forward_kernel(x_ptr, gate_ptr, weight_ptr, y_ptr, num_rows, size, x_row, gate_row, y_row, eps,
+def norm_kernel(x_ptr, gate_ptr, weight_ptr, y_ptr, num_rows, size, x_row, gate_row, y_row, eps,
                    HAS_GATE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Write weight * norm(x silu(gate)). Grid (rows, groups)."""
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -30,7 +30,7 @@ def forward_kernel(x_ptr, gate_ptr, weight_ptr, y_ptr, num_rows, size, x_row, ga
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_each"])
-def backward_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr, num_rows, rows_each, size,
+def norm_back_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr, num_rows, rows_each, size,
                     x_row, gate_row, dy_row, dx_row, eps, HAS_GATE: tl.constexpr, TRAINS: tl.constexpr,
                     BLOCK: tl.constexpr):  # fmt: skip
     """Write dx and dgate, and with TRAINS dweight by program [programs, D]. Grid (programs, groups)."""

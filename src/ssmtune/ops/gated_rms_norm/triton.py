@@ -8,7 +8,7 @@ import torch
 import triton
 from torch.autograd.function import once_differentiable
 
-from ssmtune.ops.gated_rms_norm.kernels import backward_kernel, forward_kernel
+from ssmtune.ops.gated_rms_norm.kernels import norm_back_kernel, norm_kernel
 
 MAX_PROGRAMS = 1056
 """Programs of the backward pass, which keep the weight's gradient while they walk over rows: 8 for each of 132
@@ -30,7 +30,7 @@ def run_forward(
     rows, gates = as_rows(x), None if gate is None else as_rows(gate)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     num_rows, width = rows.shape
-    forward_kernel[(num_rows, width // size)](
+    norm_kernel[(num_rows, width // size)](
         rows, gates, weight, y, num_rows, size, rows.stride(0), 0 if gates is None else gates.stride(0), width,
         eps, HAS_GATE=gate is not None, **_block(size),
     )  # fmt: skip
@@ -54,7 +54,7 @@ def run_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
     dweight = torch.empty(programs if trains else 0, width, dtype=torch.float32, device=x.device)
-    backward_kernel[(programs, width // size)](
+    norm_back_kernel[(programs, width // size)](
         rows, gates, weight, upstream, dx, dgate, dweight, num_rows, -(-num_rows // programs), size,
         rows.stride(0), 0 if gates is None else gates.stride(0), upstream.stride(0), width, eps,
         HAS_GATE=gate is not None, TRAINS=trains, **_block(size),

@@ -1,4 +1,4 @@
-"""Triton kernels of the activations in front of a projection."""
+"""Triton kernels of what is around a projection's products: activation, dropout, and the sum with the low-rank term."""
 
 import triton
 import triton.language as tl
@@ -19,7 +19,7 @@ def _activation(x, SILU: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def forward_kernel(x_ptr, up_ptr, y_ptr, num_rows, width, x_row, up_row, SILU: tl.constexpr, HAS_UP: tl.constexpr,
+def activate_kernel(x_ptr, up_ptr, y_ptr, num_rows, width, x_row, up_row, SILU: tl.constexpr, HAS_UP: tl.constexpr,
                    BLOCK: tl.constexpr):  # fmt: skip
     """Write act(x) up, dense. Grid (rows, blocks of the width)."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -32,7 +32,7 @@ def forward_kernel(x_ptr, up_ptr, y_ptr, num_rows, width, x_row, up_row, SILU: t
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def backward_kernel(x_ptr, up_ptr, dy_ptr, dx_ptr, dup_ptr, y_ptr, num_rows, width, x_row, up_row, dx_row, dup_row,
+def activate_back_kernel(x_ptr, up_ptr, dy_ptr, dx_ptr, dup_ptr, y_ptr, num_rows, width, x_row, up_row, dx_row, dup_row,
                     SILU: tl.constexpr, HAS_UP: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Write dx and dup, and with AGAIN the forward's result, dense like dy. Grid (rows, blocks of the width)."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -63,3 +63,26 @@ def dropout_kernel(x_ptr, y_ptr, num, seed, rate, ADD: tl.constexpr, BLOCK: tl.c
     if ADD:
         value += tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def add_low_rank_kernel(y_ptr, v_ptr, factor_ptr, num_rows, width, rank, v_row, factor_col, factor_rank,
+                        EXACT: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
+    """Add v [T, r] factor [r, O] to y [T, O], dense, in place. Grid (blocks of O, blocks of T).
+
+    A matrix product would do the same, but is slow where the inner dimension is so short.
+    """
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o, r = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.arange(0, RANK)
+    rows, cols, ranks = t < num_rows, o < width, r < rank
+    v = tl.load(v_ptr + t[:, None] * v_row + r[None, :], mask=rows[:, None] & ranks[None, :], other=0.0)
+    at = r[:, None] * factor_rank + o[None, :] * factor_col
+    factor = tl.load(factor_ptr + at, mask=ranks[:, None] & cols[None, :], other=0.0)
+    if EXACT:
+        product = tl.dot(v.to(tl.float32), factor.to(tl.float32), input_precision="tf32x3")
+    else:
+        product = tl.dot(v, factor)
+    where = t[:, None].to(tl.int64) * width + o[None, :]
+    inside = rows[:, None] & cols[None, :]
+    y = tl.load(y_ptr + where, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + where, y + product, mask=inside)

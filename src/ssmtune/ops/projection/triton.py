@@ -14,7 +14,12 @@ import triton
 from torch.autograd.function import once_differentiable
 
 from ssmtune.ops.gated_rms_norm import triton as norm
-from ssmtune.ops.projection.kernels import backward_kernel, dropout_kernel, forward_kernel
+from ssmtune.ops.projection.kernels import (
+    activate_back_kernel,
+    activate_kernel,
+    add_low_rank_kernel,
+    dropout_kernel,
+)
 from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Prologue
 
 
@@ -88,8 +93,10 @@ class _Projection(torch.autograd.Function):
             y = _product(p, weight.t(), m)
         v = None
         if A is not None:
-            v = torch.mm(_drop(p, spec), A.to(p.dtype).t())
-            y.addmm_(v, B.to(p.dtype).t(), alpha=m * spec.scale)
+            # Rounded to the products' precision here, once for both passes; B takes the scales along.
+            A, B = A.to(p.dtype), (B * (m * spec.scale)).to(p.dtype)
+            v = torch.mm(_drop(p, spec), A.t())
+            _add_low_rank(y, v, B.t())
         ctx.save_for_backward(x, second, norm_weight, weight, A, B, v)
         ctx.spec, ctx.lead = spec, x.shape[:-1]
         return y.view(*ctx.lead, weight.shape[0])
@@ -102,19 +109,18 @@ class _Projection(torch.autograd.Function):
         flat = dy.reshape(-1, weight.shape[0])
         dA = dB = dv = None
         if A is not None:
-            scale = spec.multiplier * spec.scale
-            dv = torch.mm(flat, B.to(flat.dtype)).mul_(scale)
-            dB = torch.mm(flat.t(), v).float().mul_(scale).to(B.dtype)
+            dv = torch.mm(flat, B)
+            dB = _fp32_product(flat.t(), v).mul_(spec.multiplier * spec.scale)
         needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dx = dsecond = p = None
         if needs_x:
             dp = _product(flat, weight, spec.multiplier)
             if dv is not None:
-                _add_through_dropout(dp, dv, A.to(dp.dtype), spec)
+                _add_through_dropout(dp, dv, A, spec)
             dx, dsecond, p = _prepare_back(dp.view(*ctx.lead, -1), x, second, norm_weight, spec, again=A is not None)
         if dv is not None:
             p = _prepare(x, second, norm_weight, spec) if p is None else p
-            dA = torch.mm(dv.t(), _drop(p.flatten(0, -2), spec)).to(A.dtype)
+            dA = _fp32_product(dv.t(), _drop(p.flatten(0, -2), spec))
         return dx, dsecond, None, None, None, dA, dB, dy if ctx.needs_input_grad[7] else None, None
 
 
@@ -129,10 +135,27 @@ def _drop(p: torch.Tensor, spec: _Spec) -> torch.Tensor:
 
 def _add_through_dropout(dp: torch.Tensor, dv: torch.Tensor, A: torch.Tensor, spec: _Spec) -> None:
     if not spec.dropout:
-        dp.addmm_(dv, A)
+        _add_low_rank(dp, dv, A)
         return
     through = torch.mm(dv, A)
     dropout_kernel[_blocks(dp)](through, dp, dp.numel(), spec.seed, spec.dropout, ADD=True, **BLOCK)
+
+
+def _add_low_rank(y: torch.Tensor, v: torch.Tensor, factor: torch.Tensor) -> None:
+    """y [T, O] += v [T, r] factor [r, O], in place."""
+    rows, width = y.shape
+    add_low_rank_kernel[(int(triton.cdiv(width, ADD_BLOCK["BLOCK_O"])), int(triton.cdiv(rows, ADD_BLOCK["BLOCK_T"])))](
+        y, v, factor, rows, width, v.shape[1], v.stride(0), factor.stride(1), factor.stride(0),
+        EXACT=y.dtype == torch.float32 or not y.is_cuda, RANK=max(16, int(triton.next_power_of_2(v.shape[1]))),
+        **ADD_BLOCK,
+    )  # fmt: skip
+
+
+def _fp32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b in fp32: factors train in fp32, and their gradients are not rounded on the way."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return torch.mm(a, b).float()
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
@@ -151,7 +174,7 @@ def _prepare(x: torch.Tensor, second: Any, norm_weight: Any, spec: _Spec) -> tor
         return norm.run_forward(x, norm_weight, second, spec.eps, spec.size)
     first, up = _parts(x, second, spec)
     y = torch.empty(*x.shape[:-1], first.shape[-1], dtype=x.dtype, device=x.device)
-    forward_kernel[_grid(first)](
+    activate_kernel[_grid(first)](
         first, up, y, *first.shape, first.stride(0), 0 if up is None else up.stride(0), SILU=spec.kind == "silu",
         HAS_UP=up is not None, **BLOCK,
     )  # fmt: skip
@@ -172,7 +195,7 @@ def _prepare_back(
     dsecond = None if second is None else torch.empty(second.shape, dtype=x.dtype, device=x.device)
     dfirst, dup = _parts(dx, dsecond, spec)
     y = torch.empty_like(dp) if again else None
-    backward_kernel[_grid(first)](
+    activate_back_kernel[_grid(first)](
         first, up, dp, dfirst, dup, y, *first.shape, first.stride(0), 0 if up is None else up.stride(0),
         dfirst.stride(0), 0 if dup is None else dup.stride(0), SILU=spec.kind == "silu", HAS_UP=up is not None,
         AGAIN=again, **BLOCK,
@@ -190,6 +213,7 @@ def _parts(x: torch.Tensor, second: torch.Tensor | None, spec: _Spec) -> tuple[t
 
 
 BLOCK = {"BLOCK": 1024, "num_warps": 4}
+ADD_BLOCK = {"BLOCK_T": 64, "BLOCK_O": 128, "num_warps": 4}
 
 
 def _grid(first: torch.Tensor) -> tuple[int, int]:
