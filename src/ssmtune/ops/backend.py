@@ -79,6 +79,12 @@ def _problem(operation: str, device_type: str, *, asked: bool) -> str | None:
     """Why kernels cannot run on a device, or None."""
     if os.environ.get(SWITCH) == "reference" and not asked:
         return f"{SWITCH}=reference"
+    return _problem_of(operation, device_type, asked and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@lru_cache(maxsize=256)
+def _problem_of(operation: str, device_type: str, interpreted: bool) -> str | None:
+    """The same for what does not change while a process runs: every call of every operation asks."""
     version = _version()
     if version is None:
         return "Triton is not installed"
@@ -89,7 +95,7 @@ def _problem(operation: str, device_type: str, *, asked: bool) -> str | None:
         if first <= numbers < good:
             return f"Triton {version}: {wrong}"
     # On a CPU the kernels run in Triton's interpreter, for tests: only where both are asked for.
-    if device_type != "cuda" and not (asked and os.environ.get("TRITON_INTERPRET") == "1"):
+    if device_type != "cuda" and not interpreted:
         return f"runs on {device_type}"
     if device_type == "cuda" and torch.version.hip is not None:
         return "the kernels are tested on NVIDIA GPUs only"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,14 +42,14 @@ class Shape:
 
     def blocks(self) -> dict[str, Any]:
         """Block sizes of the products: at least 16, which tensor cores need."""
-        return {
-            "L": CHUNK,
-            "BLOCK_P": max(16, triton.next_power_of_2(self.width)),
-            "BLOCK_N": self.block_n,
-            "EXACT": self.exact,
-        }
+        return {"L": CHUNK, "BLOCK_P": self.block_p, "BLOCK_N": self.block_n, "EXACT": self.exact}
 
-    @property
+    @cached_property
+    def block_p(self) -> int:
+        """Rows of the state in one program: all of them."""
+        return max(16, int(triton.next_power_of_2(self.width)))
+
+    @cached_property
     def block_n(self) -> int:
         """Columns of the state in one program."""
         return min(32 if self.exact else 64, max(16, int(triton.next_power_of_2(self.state))))

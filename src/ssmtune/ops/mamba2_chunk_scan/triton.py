@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -68,7 +69,10 @@ def shape_of(x_BTHP: torch.Tensor, B_BTGN: torch.Tensor, softplus: bool, limit: 
     exact = x_BTHP.dtype == torch.float32 or not x_BTHP.is_cuda
     batch, num_steps, num_heads, width = x_BTHP.shape
     groups, state = B_BTGN.shape[2:]
-    return Shape(batch, num_steps, num_heads, width, groups, state, softplus, limit, exact)
+    return _shape(batch, num_steps, num_heads, width, groups, state, softplus, limit, exact)
+
+
+_shape = lru_cache(maxsize=64)(Shape)
 
 
 @dataclass(frozen=True)

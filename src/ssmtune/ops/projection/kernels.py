@@ -66,9 +66,9 @@ def dropout_kernel(x_ptr, y_ptr, num, seed, rate, ADD: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def add_low_rank_kernel(y_ptr, v_ptr, factor_ptr, num_rows, width, rank, v_row, factor_col, factor_rank,
+def add_low_rank_kernel(y_ptr, v_ptr, factor_ptr, num_rows, width, rank, v_row, factor_col, factor_rank, alpha,
                         EXACT: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
-    """Add v [T, r] factor [r, O] to y [T, O], dense, in place. Grid (blocks of O, blocks of T).
+    """Add alpha v [T, r] factor [r, O] to y [T, O], dense, in place. Grid (blocks of O, blocks of T).
 
     A matrix product would do the same, but is slow where the inner dimension is so short.
     """
@@ -85,4 +85,4 @@ def add_low_rank_kernel(y_ptr, v_ptr, factor_ptr, num_rows, width, rank, v_row, 
     where = t[:, None].to(tl.int64) * width + o[None, :]
     inside = rows[:, None] & cols[None, :]
     y = tl.load(y_ptr + where, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + where, y + product, mask=inside)
+    tl.store(y_ptr + where, y + alpha * product, mask=inside)

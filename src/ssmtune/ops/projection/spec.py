@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -10,18 +10,18 @@ ACTIVATIONS = ("silu", "relu2")
 """Activations that the kernels know; "relu2" is the square of the positive part."""
 
 
-@dataclass(frozen=True)
-class LowRank:
+class LowRank(NamedTuple):
     """The factors A [r, I] and B [O, r] of an adapter, what their product is multiplied by, and the dropout before A."""
 
     A: torch.Tensor
     B: torch.Tensor
     scale: float
     dropout: float = 0.0
+    rounded: tuple[torch.Tensor, torch.Tensor] | None = None
+    """A and scale * B in the dtype of the products, where the caller has them: many layers are rounded at once."""
 
 
-@dataclass(frozen=True)
-class Normed:
+class Normed(NamedTuple):
     """weight * norm(x silu(gate)): a root-mean-square norm over groups of `size` neighbours; gate [..., I] is optional."""
 
     weight_D: torch.Tensor
@@ -30,8 +30,7 @@ class Normed:
     size: int | None = None
 
 
-@dataclass(frozen=True)
-class Activated:
+class Activated(NamedTuple):
     """act(x), times `up` [..., I] where it is given; with `halves`, x holds what is activated and, behind it, `up`."""
 
     activation: str

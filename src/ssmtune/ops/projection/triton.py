@@ -6,8 +6,7 @@ p A^T [..., r] is kept, the prologue's result p is not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,8 +22,7 @@ from ssmtune.ops.projection.kernels import (
 from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Prologue
 
 
-@dataclass(frozen=True)
-class _Spec:
+class _Spec(NamedTuple):
     """What of a call is no tensor."""
 
     kind: str
@@ -56,14 +54,17 @@ def projection(
         size = norm_weight.shape[0] if prologue.size is None else prologue.size
     elif isinstance(prologue, Activated):
         kind, second, halves = prologue.activation, prologue.up, prologue.halves
-    A, B, scale, dropout = (
-        (None, None, 0.0, 0.0) if low_rank is None else (low_rank.A, low_rank.B, low_rank.scale, low_rank.dropout)
-    )
+    A = B = rounded_A = rounded_B = None
+    scale = dropout = 0.0
+    if low_rank is not None:
+        A, B, scale, dropout, rounded = low_rank
+        if rounded is not None and not dropout:
+            rounded_A, rounded_B = rounded
     # From PyTorch's generator, which a recomputed layer finds as the first computation found it.
     seed = int(torch.randint(2**31, ())) if dropout else 0
     spec = _Spec(kind, halves, eps, size, scale, multiplier, dropout, seed)
     y: torch.Tensor = _Projection.apply(  # type: ignore[no-untyped-call]
-        x, second, norm_weight, weight_OI, bias_O, A, B, residual, spec
+        x, second, norm_weight, weight_OI, bias_O, A, B, residual, rounded_A, rounded_B, spec
     )
     return y
 
@@ -80,7 +81,9 @@ class _Projection(torch.autograd.Function):
         A: Any,
         B: Any,
         residual: Any,
-        spec: Any,
+        rounded_A: Any,
+        rounded_B: Any,
+        spec: _Spec,
     ) -> torch.Tensor:
         p = _prepare(x, second, norm_weight, spec).flatten(0, -2)
         m = spec.multiplier
@@ -93,11 +96,11 @@ class _Projection(torch.autograd.Function):
             y = _product(p, weight.t(), m)
         v = None
         if A is not None:
-            # Rounded to the products' precision here, once for both passes; B takes the scales along.
-            A, B = A.to(p.dtype), (B * (m * spec.scale)).to(p.dtype)
-            v = torch.mm(_drop(p, spec), A.t())
-            _add_low_rank(y, v, B.t())
-        ctx.save_for_backward(x, second, norm_weight, weight, A, B, v)
+            if rounded_A is None:
+                rounded_A, rounded_B = A.to(p.dtype), (B * spec.scale).to(p.dtype)
+            v = torch.mm(_drop(p, spec), rounded_A.t())
+            _add_low_rank(y, v, rounded_B.t(), m)
+        ctx.save_for_backward(x, second, norm_weight, weight, rounded_A, rounded_B, v)
         ctx.spec, ctx.lead = spec, x.shape[:-1]
         return y.view(*ctx.lead, weight.shape[0])
 
@@ -106,22 +109,23 @@ class _Projection(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, second, norm_weight, weight, A, B, v = ctx.saved_tensors
         spec: _Spec = ctx.spec
+        m = spec.multiplier
         flat = dy.reshape(-1, weight.shape[0])
         dA = dB = dv = None
         if A is not None:
             dv = torch.mm(flat, B)
-            dB = _fp32_product(flat.t(), v).mul_(spec.multiplier * spec.scale)
+            dB = _fp32_product(flat.t(), v, m * spec.scale)
         needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dx = dsecond = p = None
         if needs_x:
-            dp = _product(flat, weight, spec.multiplier)
+            dp = _product(flat, weight, m)
             if dv is not None:
                 _add_through_dropout(dp, dv, A, spec)
             dx, dsecond, p = _prepare_back(dp.view(*ctx.lead, -1), x, second, norm_weight, spec, again=A is not None)
         if dv is not None:
             p = _prepare(x, second, norm_weight, spec) if p is None else p
-            dA = _fp32_product(dv.t(), _drop(p.flatten(0, -2), spec))
-        return dx, dsecond, None, None, None, dA, dB, dy if ctx.needs_input_grad[7] else None, None
+            dA = _fp32_product(dv.t(), _drop(p.flatten(0, -2), spec), m)
+        return dx, dsecond, None, None, None, dA, dB, dy if ctx.needs_input_grad[7] else None, None, None, None
 
 
 def _drop(p: torch.Tensor, spec: _Spec) -> torch.Tensor:
@@ -135,27 +139,26 @@ def _drop(p: torch.Tensor, spec: _Spec) -> torch.Tensor:
 
 def _add_through_dropout(dp: torch.Tensor, dv: torch.Tensor, A: torch.Tensor, spec: _Spec) -> None:
     if not spec.dropout:
-        _add_low_rank(dp, dv, A)
+        _add_low_rank(dp, dv, A, spec.multiplier)
         return
-    through = torch.mm(dv, A)
+    through = torch.mm(dv, A).mul_(spec.multiplier)
     dropout_kernel[_blocks(dp)](through, dp, dp.numel(), spec.seed, spec.dropout, ADD=True, **BLOCK)
 
 
-def _add_low_rank(y: torch.Tensor, v: torch.Tensor, factor: torch.Tensor) -> None:
-    """y [T, O] += v [T, r] factor [r, O], in place."""
+def _add_low_rank(y: torch.Tensor, v: torch.Tensor, factor: torch.Tensor, alpha: float) -> None:
+    """y [T, O] += alpha v [T, r] factor [r, O], in place."""
     rows, width = y.shape
     add_low_rank_kernel[(int(triton.cdiv(width, ADD_BLOCK["BLOCK_O"])), int(triton.cdiv(rows, ADD_BLOCK["BLOCK_T"])))](
-        y, v, factor, rows, width, v.shape[1], v.stride(0), factor.stride(1), factor.stride(0),
+        y, v, factor, rows, width, v.shape[1], v.stride(0), factor.stride(1), factor.stride(0), alpha,
         EXACT=y.dtype == torch.float32 or not y.is_cuda, RANK=max(16, int(triton.next_power_of_2(v.shape[1]))),
         **ADD_BLOCK,
     )  # fmt: skip
 
 
-def _fp32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b in fp32: factors train in fp32, and their gradients are not rounded on the way."""
-    if a.dtype == torch.float32 or not a.is_cuda:
-        return torch.mm(a, b).float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+def _fp32_product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
+    """a b times a number in fp32: factors train in fp32, and their gradients are not rounded on the way."""
+    product = torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+    return product if factor == 1.0 else product.mul_(factor)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
