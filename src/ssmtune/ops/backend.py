@@ -21,11 +21,15 @@ SWITCH = "SSMTUNE_OPS"
 
 OPERATIONS = (
     "causal_conv1d",
+    "causal_conv1d_update",
     "gated_rms_norm",
     "linear_cross_entropy",
+    "mamba1_selective_scan",
+    "mamba1_state_update",
     "mamba2_chunk_scan",
     "mamba2_conv_scan",
     "projection",
+    "selective_state_update",
 )
 """Operations that have kernels."""
 
@@ -65,6 +69,13 @@ def choose(operation: str, tensor: torch.Tensor, backend: Backend = "auto", refu
     return Choice("reference", problem)
 
 
+def gradient_refusal(*tensors: torch.Tensor | None) -> str | None:
+    """Why the kernel of a decoding step, which has no backward pass, cannot serve a call with these tensors, or None."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return "gradients are asked for; the kernel of a single step has none"
+    return None
+
+
 def backends(device: str) -> dict[str, Choice]:
     """Return what each operation with kernels would run on `device` ("cpu", "cuda"), and why."""
     found = {}
@@ -79,23 +90,16 @@ def _problem(operation: str, device_type: str, *, asked: bool) -> str | None:
     """Why kernels cannot run on a device, or None."""
     if os.environ.get(SWITCH) == "reference" and not asked:
         return f"{SWITCH}=reference"
-    return _problem_of(operation, device_type, asked and os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@lru_cache(maxsize=256)
-def _problem_of(operation: str, device_type: str, interpreted: bool) -> str | None:
-    """The same for what does not change while a process runs: every call of every operation asks."""
-    version = _version()
-    if version is None:
+    numbers = _version_numbers()
+    if numbers is None:
         return "Triton is not installed"
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3])
     if numbers < FIRST_VERSION:
-        return f"Triton {version} is older than {'.'.join(map(str, FIRST_VERSION))}"
+        return f"Triton {_version()} is older than {'.'.join(map(str, FIRST_VERSION))}"
     for first, good, wrong in KNOWN_BAD.get(operation, ()):
         if first <= numbers < good:
-            return f"Triton {version}: {wrong}"
+            return f"Triton {_version()}: {wrong}"
     # On a CPU the kernels run in Triton's interpreter, for tests: only where both are asked for.
-    if device_type != "cuda" and not interpreted:
+    if device_type != "cuda" and not (asked and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"runs on {device_type}"
     if device_type == "cuda" and torch.version.hip is not None:
         return "the kernels are tested on NVIDIA GPUs only"
@@ -108,6 +112,13 @@ def _version() -> str | None:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@lru_cache(maxsize=1)
+def _version_numbers() -> tuple[int, ...] | None:
+    """Kept: every call of every operation asks."""
+    version = _version()
+    return None if version is None else tuple(int(part) for part in version.split("+")[0].split(".")[:3])
 
 
 @lru_cache(maxsize=64)

@@ -1,12 +1,12 @@
-"""Triton kernels of the depthwise causal convolution."""
+"""Triton kernels of the depthwise causal convolution, without an initial window."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _lagged(x_ptr, seq_ptr, mask_ptr, t, c, lag, num_steps, num_channels, x_c, x_t,
-            HAS_SEQ: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+def lagged(x_ptr, seq_ptr, mask_ptr, t, c, lag, num_steps, num_channels, x_c, x_t,
+           HAS_SEQ: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
     """x at t - lag, [T, C] fp32: zero before the sequence, in another document, and at padding."""
     from_t = t - lag
     real = (from_t >= 0) & (t >= 0) & (t < num_steps)
@@ -20,13 +20,14 @@ def _lagged(x_ptr, seq_ptr, mask_ptr, t, c, lag, num_steps, num_channels, x_c, x
 
 
 @triton.jit
-def _before_activation(x_ptr, weight_ptr, bias_ptr, seq_ptr, mask_ptr, t, c, num_steps, num_channels, x_c, x_t,
-                       weight_c, weight_k, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-                       HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+def before_activation(x_ptr, weight_ptr, bias_ptr, seq_ptr, mask_ptr, t, c, num_steps, num_channels, x_c, x_t,
+                      weight_c, weight_k, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+                      HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+    """conv(x) + bias at t, [T, C] fp32."""
     acc = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for lag in tl.static_range(K):
         tap = tl.load(weight_ptr + c * weight_c + (K - 1 - lag) * weight_k, mask=c < num_channels, other=0.0)
-        acc += tap.to(tl.float32)[None, :] * _lagged(
+        acc += tap.to(tl.float32)[None, :] * lagged(
             x_ptr, seq_ptr, mask_ptr, t, c, lag, num_steps, num_channels, x_c, x_t, HAS_SEQ, HAS_MASK
         )
     if HAS_BIAS:
@@ -46,9 +47,9 @@ def forward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, mask_ptr, y_ptr, num_st
         seq_ptr += batch * num_steps
     if HAS_MASK:
         mask_ptr += batch * num_steps
-    acc = _before_activation(x_ptr + batch * x_b, weight_ptr, bias_ptr, seq_ptr, mask_ptr, t, c, num_steps,
-                             num_channels, x_c, x_t, weight_c, weight_k, K, BLOCK_T, BLOCK_C, HAS_BIAS, HAS_SEQ,
-                             HAS_MASK)  # fmt: skip
+    acc = before_activation(x_ptr + batch * x_b, weight_ptr, bias_ptr, seq_ptr, mask_ptr, t, c, num_steps,
+                            num_channels, x_c, x_t, weight_c, weight_k, K, BLOCK_T, BLOCK_C, HAS_BIAS, HAS_SEQ,
+                            HAS_MASK)  # fmt: skip
     if SILU:
         acc = acc / (1 + tl.exp(-acc))
     inside = (t < num_steps)[:, None] & (c < num_channels)[None, :]
@@ -56,11 +57,41 @@ def forward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, mask_ptr, y_ptr, num_st
 
 
 @triton.jit(do_not_specialize=["num_steps"])
-def backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, mask_ptr, dy_ptr, dx_ptr, dweight_ptr, dbias_ptr, num_steps,
-                    num_channels, x_b, x_c, x_t, dy_b, dy_c, dy_t, dx_b, dx_c, dx_t, weight_c, weight_k,
+def gradient_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, mask_ptr, padded_ptr, dy_ptr, grad_ptr, num_steps,
+                    num_channels, x_b, x_c, x_t, dy_b, dy_c, dy_t, grad_b, grad_c, grad_t, weight_c, weight_k,
                     K: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
-                    HAS_MASK: tl.constexpr, TRAINS: tl.constexpr, BLOCK_T: tl.constexpr,
+                    HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK_T: tl.constexpr,
                     BLOCK_C: tl.constexpr):  # fmt: skip
+    """Write the gradient of the convolution before its activation, fp32, from that of its output. Grid as forward.
+
+    Outputs that read an initial window get zero: `window_kernels` has them.
+    """
+    batch = tl.program_id(2).to(tl.int64)
+    t, c = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if HAS_SEQ:
+        seq_ptr += batch * num_steps
+    if HAS_MASK:
+        mask_ptr += batch * num_steps
+    inside = (t < num_steps)[:, None] & (c < num_channels)[None, :]
+    grad = tl.load(dy_ptr + batch * dy_b + t[:, None].to(tl.int64) * dy_t + c[None, :] * dy_c, mask=inside,
+                   other=0.0).to(tl.float32)  # fmt: skip
+    if SILU:
+        z = before_activation(x_ptr + batch * x_b, weight_ptr, bias_ptr, seq_ptr, mask_ptr, t, c, num_steps,
+                              num_channels, x_c, x_t, weight_c, weight_k, K, BLOCK_T, BLOCK_C, HAS_BIAS, HAS_SEQ,
+                              HAS_MASK)  # fmt: skip
+        gate = 1 / (1 + tl.exp(-z))
+        grad *= gate * (1 + z * (1 - gate))
+    if HAS_WINDOW:
+        from_first_real = t - tl.load(padded_ptr + batch)
+        grad = tl.where(((from_first_real < 1 - K) | (from_first_real >= K - 1))[:, None], grad, 0.0)
+    tl.store(grad_ptr + batch * grad_b + t[:, None].to(tl.int64) * grad_t + c[None, :] * grad_c, grad, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_steps"])
+def backward_kernel(x_ptr, weight_ptr, seq_ptr, mask_ptr, grad_ptr, dx_ptr, dweight_ptr, dbias_ptr, num_steps,
+                    num_channels, x_b, x_c, x_t, grad_b, grad_c, grad_t, dx_b, dx_c, dx_t, weight_c, weight_k,
+                    K: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_MASK: tl.constexpr, TRAINS: tl.constexpr,
+                    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """Write dx, and with TRAINS dweight [B, blocks of T, C, K] and dbias [B, blocks of T, C]. Grid as forward."""
     batch = tl.program_id(2).to(tl.int64)
     t, c = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -73,17 +104,11 @@ def backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, mask_ptr, dy_ptr, dx_p
     partial = (batch * tl.num_programs(0) + tl.program_id(0)) * num_channels + c
     acc = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for lag in tl.static_range(K):
-        # An input reaches the output `lag` steps later, whose pre-activation is computed again here.
+        # An input reaches the output `lag` steps later.
         later = t + lag
         inside = (later < num_steps)[:, None] & channel[None, :]
-        grad = tl.load(dy_ptr + batch * dy_b + later[:, None].to(tl.int64) * dy_t + c[None, :] * dy_c, mask=inside,
-                       other=0.0).to(tl.float32)  # fmt: skip
-        if SILU:
-            z = _before_activation(x_ptr, weight_ptr, bias_ptr, seq_ptr, mask_ptr, later, c, num_steps, num_channels,
-                                   x_c, x_t, weight_c, weight_k, K, BLOCK_T, BLOCK_C, HAS_BIAS, HAS_SEQ,
-                                   HAS_MASK)  # fmt: skip
-            gate = 1 / (1 + tl.exp(-z))
-            grad *= gate * (1 + z * (1 - gate))
+        grad = tl.load(grad_ptr + batch * grad_b + later[:, None].to(tl.int64) * grad_t + c[None, :] * grad_c,
+                       mask=inside, other=0.0)  # fmt: skip
         tap = tl.load(weight_ptr + c * weight_c + (K - 1 - lag) * weight_k, mask=channel, other=0.0).to(tl.float32)
         reaches = later < num_steps
         if HAS_SEQ:
@@ -94,7 +119,7 @@ def backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, mask_ptr, dy_ptr, dx_p
             if lag == 0:
                 tl.store(dbias_ptr + partial, tl.sum(grad, axis=0), mask=channel)
             # The same products by output: this block's inputs with the outputs that they reach.
-            own = _lagged(x_ptr, seq_ptr, mask_ptr, t, c, 0, num_steps, num_channels, x_c, x_t, HAS_SEQ, HAS_MASK)
+            own = lagged(x_ptr, seq_ptr, mask_ptr, t, c, 0, num_steps, num_channels, x_c, x_t, HAS_SEQ, HAS_MASK)
             share = tl.sum(tl.where(reaches[:, None], grad * own, 0.0), axis=0)
             tl.store(dweight_ptr + partial * K + (K - 1 - lag), share, mask=channel)
     if HAS_MASK:
