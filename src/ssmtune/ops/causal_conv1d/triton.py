@@ -17,6 +17,7 @@ from ssmtune.ops.causal_conv1d.kernels import backward_kernel, forward_kernel, g
 from ssmtune.ops.causal_conv1d.reference import check_window
 from ssmtune.ops.causal_conv1d.step_kernel import step_kernel
 from ssmtune.ops.causal_conv1d.window_kernels import window_back_kernel, window_kernel
+from ssmtune.ops.launch import launch
 
 
 def causal_conv1d(
@@ -53,7 +54,7 @@ def causal_conv1d_update(
     """The reference's function with the reference's arguments, for one new step; no gradients."""
     batch, channels, _ = x_BCT.shape
     y = torch.empty(batch, channels, 1, dtype=x_BCT.dtype, device=x_BCT.device)
-    step_kernel[(-(-channels // 256), batch)](
+    launch(step_kernel, (-(-channels // 256), batch),
         x_BCT, conv_state_BCK, weight_CK, bias_C, y, channels, *x_BCT.stride()[:2], *conv_state_BCK.stride(),
         *weight_CK.stride(), K=weight_CK.shape[-1], LENGTH=conv_state_BCK.shape[-1], SILU=activation is not None,
         HAS_BIAS=bias_C is not None, BLOCK_C=256, num_warps=4,
@@ -95,12 +96,12 @@ class _Convolution(torch.autograd.Function):
         y = _like(x, x.dtype)
         grid, blocks = _launch(x)
         options = _switches(weight, bias, silu, seq, mask)
-        forward_kernel[grid](
+        launch(forward_kernel, grid,
             x, weight, bias, seq, mask, y, x.shape[-1], x.shape[1], *x.stride(), *y.stride(), *weight.stride(),
             **options, **blocks,
         )  # fmt: skip
         if window is not None:
-            window_kernel[(-(-x.shape[1] // 32), x.shape[0])](
+            launch(window_kernel, (-(-x.shape[1] // 32), x.shape[0]),
                 x, weight, bias, window, seq, mask, padded, y, x.shape[-1], x.shape[1], *x.stride(), *y.stride(),
                 *weight.stride(), *window.stride(), **options, **_head(weight, 2),
             )  # fmt: skip
@@ -119,11 +120,11 @@ class _Convolution(torch.autograd.Function):
         dweight = torch.empty(*sums, taps, dtype=torch.float32, device=x.device)
         dbias = torch.empty(sums, dtype=torch.float32, device=x.device)
         grad = _like(x, torch.float32)
-        gradient_kernel[grid](
+        launch(gradient_kernel, grid,
             x, weight, bias, seq, mask, padded, dy, grad, steps, channels, *x.stride(), *dy.stride(), *grad.stride(),
             *weight.stride(), HAS_WINDOW=window is not None, **options, **blocks,
         )  # fmt: skip
-        backward_kernel[grid](
+        launch(backward_kernel, grid,
             x, weight, seq, mask, grad, dx, dweight, dbias, steps, channels, *x.stride(), *grad.stride(), *dx.stride(),
             *weight.stride(), K=taps, HAS_SEQ=seq is not None, HAS_MASK=mask is not None, TRAINS=trains, **blocks,
         )  # fmt: skip
@@ -133,7 +134,7 @@ class _Convolution(torch.autograd.Function):
             dwindow = torch.empty(window.shape, dtype=window.dtype, device=x.device)
             added = torch.empty(batch, channels, taps, dtype=torch.float32, device=x.device)
             added_bias = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
-            window_back_kernel[(-(-channels // 32), batch)](
+            launch(window_back_kernel, (-(-channels // 32), batch),
                 x, weight, bias, window, seq, mask, padded, dy, dx, dwindow, added, added_bias, steps, channels,
                 *x.stride(), *dy.stride(), *dx.stride(), *weight.stride(), *window.stride(), **options,
                 **_head(weight, 3),

@@ -30,10 +30,13 @@ def norm_kernel(x_ptr, gate_ptr, weight_ptr, y_ptr, num_rows, size, x_row, gate_
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_each"])
-def norm_back_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr, num_rows, rows_each, size,
-                    x_row, gate_row, dy_row, dx_row, eps, HAS_GATE: tl.constexpr, TRAINS: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
-    """Write dx and dgate, and with TRAINS dweight by program [programs, D]. Grid (programs, groups)."""
+def norm_back_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr, y_ptr, num_rows, rows_each,
+                     size, x_row, gate_row, dy_row, dx_row, eps, HAS_GATE: tl.constexpr, TRAINS: tl.constexpr,
+                     AGAIN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Write dx and dgate, with TRAINS dweight by program [programs, D], with AGAIN the forward's result, dense.
+
+    Grid (programs, groups).
+    """
     group = tl.program_id(1)
     at = group * size + tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK) < size
@@ -47,6 +50,8 @@ def norm_back_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dwe
         scale = 1 / tl.sqrt(tl.sum(value * value) / size + eps)
         if TRAINS:
             dweight += dy * value * scale
+        if AGAIN:
+            tl.store(y_ptr + row * dx_row + at, value * scale * weight, mask=inside)
         along = dy * weight
         dvalue = scale * (along - value * (scale * scale * tl.sum(along * value) / size))
         if HAS_GATE:

@@ -9,6 +9,7 @@ import triton
 from torch.autograd.function import once_differentiable
 
 from ssmtune.ops.gated_rms_norm.kernels import norm_back_kernel, norm_kernel
+from ssmtune.ops.launch import launch
 
 MAX_PROGRAMS = 1056
 """Programs of the backward pass, which keep the weight's gradient while they walk over rows: 8 for each of 132
@@ -30,7 +31,7 @@ def run_forward(
     rows, gates = as_rows(x), None if gate is None else as_rows(gate)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     num_rows, width = rows.shape
-    norm_kernel[(num_rows, width // size)](
+    launch(norm_kernel, (num_rows, width // size),
         rows, gates, weight, y, num_rows, size, rows.stride(0), 0 if gates is None else gates.stride(0), width,
         eps, HAS_GATE=gate is not None, **_block(size),
     )  # fmt: skip
@@ -46,20 +47,22 @@ def run_backward(
     size: int,
     *,
     trains: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradients of x, of the gate, and with `trains` of the weight, fp32."""
+    again: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of x, of the gate, with `trains` of the weight, fp32, and with `again` the forward's result."""
     rows, gates, upstream = as_rows(x), None if gate is None else as_rows(gate), as_rows(dy)
     num_rows, width = rows.shape
     programs = min(num_rows, MAX_PROGRAMS)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
-    dweight = torch.empty(programs if trains else 0, width, dtype=torch.float32, device=x.device)
-    norm_back_kernel[(programs, width // size)](
-        rows, gates, weight, upstream, dx, dgate, dweight, num_rows, -(-num_rows // programs), size,
+    dweight = torch.empty(programs, width, dtype=torch.float32, device=x.device) if trains else None
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if again else None
+    launch(norm_back_kernel, (programs, width // size),
+        rows, gates, weight, upstream, dx, dgate, dweight, y, num_rows, -(-num_rows // programs), size,
         rows.stride(0), 0 if gates is None else gates.stride(0), upstream.stride(0), width, eps,
-        HAS_GATE=gate is not None, TRAINS=trains, **_block(size),
+        HAS_GATE=gate is not None, TRAINS=trains, AGAIN=again, **_block(size),
     )  # fmt: skip
-    return dx, dgate, dweight.sum(0) if trains else None
+    return dx, dgate, None if dweight is None else dweight.sum(0), y
 
 
 class _Norm(torch.autograd.Function):
@@ -73,7 +76,7 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, weight, gate = ctx.saved_tensors
-        dx, dgate, dweight = run_backward(dy, x, weight, gate, ctx.eps, ctx.size, trains=ctx.needs_input_grad[1])
+        dx, dgate, dweight, _ = run_backward(dy, x, weight, gate, ctx.eps, ctx.size, trains=ctx.needs_input_grad[1])
         return dx, None if dweight is None else dweight.to(weight.dtype), dgate, None, None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from ssmtune.ops.launch import launch
 from ssmtune.ops.linear_cross_entropy.kernels import loss_kernel
 
 LOGITS_BYTES = 256 * 2**20
@@ -32,8 +33,16 @@ class _Loss(torch.autograd.Function):
         for first in range(0, num, share):
             some = slice(first, first + share)
             logits = torch.mm(hidden[some], weight.t())
-            loss_kernel[(logits.shape[0],)](
-                logits, targets[some].contiguous(), losses[some], vocab, logits.stride(0), BACK=back, **BLOCK
+            launch(
+                loss_kernel,
+                (logits.shape[0],),
+                logits,
+                targets[some].contiguous(),
+                losses[some],
+                vocab,
+                logits.stride(0),
+                BACK=back,
+                **BLOCK,
             )
             if grad is not None:
                 torch.mm(logits, weight, out=grad[some])

@@ -56,7 +56,7 @@ def inputs_kernel(x_ptr, dy_ptr, B_ptr, D_ptr, scores_ptr, grads_ptr, step_ptr, 
                   dD_ptr, num_steps, num_heads, per_group, P, N, x_b, x_t, x_h, dy_b, dy_t, dy_h, B_b, B_t, B_g,
                   dx_b, dx_t, dx_h, HAS_D: tl.constexpr, HAS_SEQ: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr,
                   BLOCK_N: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """Write dx, the part of ddt that comes through dt x (`direct` [B, H, T']), and dD by chunk [B, H, c].
+    """Write dx, the part of ddt that comes through dt x (`direct` [B, H, T']), and dD by chunk [B, c, H].
 
     Grid (chunks, batch * heads).
     """
@@ -90,7 +90,7 @@ def inputs_kernel(x_ptr, dy_ptr, B_ptr, D_ptr, scores_ptr, grads_ptr, step_ptr, 
     dx = acc * tl.load(step_ptr + line + i)[:, None]
     if HAS_D:
         dx += tl.load(D_ptr + head).to(tl.float32) * dy.to(tl.float32)
-        tl.store(dD_ptr + tl.program_id(1) * num_chunks + chunk, tl.sum(dy.to(tl.float32) * x))
+        tl.store(dD_ptr + (batch * num_chunks + chunk) * num_heads + head, tl.sum(dy.to(tl.float32) * x))
     where = batch.to(tl.int64) * dx_b + t[:, None].to(tl.int64) * dx_t + head * dx_h + p[None, :]
     tl.store(dx_ptr + where, dx, mask=(t[:, None] < num_steps) & (p[None, :] < P))
 
@@ -200,23 +200,33 @@ def readouts_kernel(scores_grad_ptr, through_B_ptr, through_C_ptr, B_ptr, C_ptr,
 
 @triton.jit(do_not_specialize=["num_steps"])
 def steps_back_kernel(dt_ptr, bias_ptr, A_ptr, mask_ptr, step_ptr, direct_ptr, between_ptr, before_ptr, after_ptr,
-                      through_ptr, ddt_ptr, dA_ptr, dbias_ptr, num_steps, num_heads, low, high, dt_b, dt_t, dt_h,
+                      through_ptr, ddt_ptr, sums_ptr, num_steps, num_heads, low, high, dt_b, dt_t, dt_h,
                       SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-                      L: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
-    """Write ddt [B, T, H], and dA and dbias by chunk [B, c, H]. Grid (chunks, blocks of heads, batch)."""
+                      BLOCKS_N: tl.constexpr, BLOCKS: tl.constexpr, L: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    """Write ddt [B, T, H], and dA and dbias by chunk, [2, B, c, H]. Grid (chunks, blocks of heads, batch).
+
+    What comes in blocks (BLOCKS_N of the state's columns, BLOCKS of the whole state) is summed here.
+    """
     chunk, batch, num_chunks = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.num_programs(0)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     t = chunk * L + tl.arange(0, L)
     lines = (batch * num_heads + h)[None, :] * num_chunks * L + t[:, None]
     real = (h < num_heads)[None, :] & (t >= 0)[:, None]
-    outputs = tl.load(between_ptr + lines, mask=real, other=0.0) + tl.load(before_ptr + lines, mask=real, other=0.0)
-    after = tl.load(after_ptr + lines, mask=real, other=0.0)
-    through = tl.load(through_ptr + (batch * num_heads + h) * num_chunks + chunk, mask=h < num_heads, other=0.0)
+    outputs = tl.load(between_ptr + lines, mask=real, other=0.0)
+    after = tl.zeros([L, BLOCK_H], tl.float32)
+    every = tl.num_programs(2).to(tl.int64) * num_heads * num_chunks
+    for block in range(BLOCKS_N):
+        outputs += tl.load(before_ptr + block * every * L + lines, mask=real, other=0.0)
+        after += tl.load(after_ptr + block * every * L + lines, mask=real, other=0.0)
+    through = tl.zeros([BLOCK_H], tl.float32)
+    for block in range(BLOCKS):
+        cell = ((batch * num_heads + h) * BLOCKS + block) * num_chunks + chunk
+        through += tl.load(through_ptr + cell, mask=h < num_heads, other=0.0)
     # A step's decay lies before its own output and after its own input.
     decay_grad = tl.cumsum(outputs, axis=0, reverse=True) + (tl.cumsum(after, axis=0) - after) + through[None, :]
     step = tl.load(step_ptr + lines, mask=real, other=0.0)
-    sums = (batch * num_chunks + chunk) * num_heads + h
-    tl.store(dA_ptr + sums, tl.sum(step * decay_grad, axis=0), mask=h < num_heads)
+    sums_ptr += (batch * num_chunks + chunk) * num_heads + h
+    tl.store(sums_ptr, tl.sum(step * decay_grad, axis=0), mask=h < num_heads)
     A = tl.load(A_ptr + h, mask=h < num_heads, other=0.0).to(tl.float32)
     ddt = tl.load(direct_ptr + lines, mask=real, other=0.0) + A[None, :] * decay_grad
     v, counts = raw_steps(dt_ptr + batch * dt_b, bias_ptr, mask_ptr, batch, t, h, num_steps, num_heads,
@@ -230,6 +240,6 @@ def steps_back_kernel(dt_ptr, bias_ptr, A_ptr, mask_ptr, step_ptr, direct_ptr, b
         ddt *= 1 / (1 + tl.exp(-v))
     ddt = tl.where(counts, ddt, 0.0)
     if HAS_BIAS:
-        tl.store(dbias_ptr + sums, tl.sum(ddt, axis=0), mask=h < num_heads)
+        tl.store(sums_ptr + every, tl.sum(ddt, axis=0), mask=h < num_heads)
     where = (batch * num_steps + t[:, None]) * num_heads + h[None, :]
     tl.store(ddt_ptr + where, ddt, mask=(h < num_heads)[None, :] & (t < num_steps)[:, None])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 
+from ssmtune.ops.launch import launch
 from ssmtune.ops.mamba2_chunk_scan.backward_kernels import pass_back_kernel
 from ssmtune.ops.mamba2_chunk_scan.forward_kernels import pass_kernel, scores_kernel, states_kernel, steps_kernel
 
@@ -86,7 +87,9 @@ def step_sizes(s: Shape, dt: Any, bias: Any, A: Any, mask: Any) -> tuple[torch.T
     """`step` and `decay` [B, H, T']."""
     step = torch.empty(s.batch, s.heads, s.chunks * CHUNK, dtype=torch.float32, device=dt.device)
     decay = torch.empty_like(step)
-    steps_kernel[(s.chunks, -(-s.heads // 16), s.batch)](
+    launch(
+        steps_kernel,
+        (s.chunks, -(-s.heads // 16), s.batch),
         dt,
         bias,
         A,
@@ -104,7 +107,7 @@ def step_sizes(s: Shape, dt: Any, bias: Any, A: Any, mask: Any) -> tuple[torch.T
 def chunk_scores(s: Shape, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
     """C_l . B_s of every chunk, [B, c, G, L, L]."""
     scores = torch.empty(s.batch, s.chunks, s.groups, CHUNK, CHUNK, dtype=torch.float32, device=B.device)
-    scores_kernel[(s.chunks, s.batch * s.groups)](
+    launch(scores_kernel, (s.chunks, s.batch * s.groups),
         C, B, scores, s.steps, s.groups, s.state, *C.stride()[:3], *B.stride()[:3], L=CHUNK, BLOCK_N=s.block_n,
         EXACT=s.exact, **LAUNCH,
     )  # fmt: skip
@@ -115,7 +118,7 @@ def _chunk_sums(s: Shape, rows: Any, cols: Any, step: Any, decay: Any, seq: Any,
     """Weighted sums of rows cols^T over each chunk, [B, H, c, P, N]."""
     kept = torch.float32 if s.exact else torch.bfloat16
     out = torch.empty(s.batch, s.heads, s.chunks, s.width, s.state, dtype=kept, device=rows.device)
-    states_kernel[(s.chunks, s.batch * s.heads, s.blocks_n)](
+    launch(states_kernel, (s.chunks, s.batch * s.heads, s.blocks_n),
         rows, cols, step, decay, seq, out, s.steps, s.heads, s.heads // s.groups, s.width, s.state,
         *rows.stride()[:3], *cols.stride()[:3], AT_END=at_end, HAS_SEQ=seq is not None, **s.blocks(), **LAUNCH,
     )  # fmt: skip
@@ -132,7 +135,7 @@ def entering_states(
     """The state that enters each chunk, [B, H, c, P, N], and the final one."""
     states = _chunk_sums(s, x, B, step, decay, seq, True)
     final, size = _fp32_state(s, x), s.width * s.state
-    pass_kernel[(-(-size // PASS_BLOCK), s.batch * s.heads)](
+    launch(pass_kernel, (-(-size // PASS_BLOCK), s.batch * s.heads),
         states, None if initial is None else initial.contiguous(), final, decay, seq, s.steps, s.chunks, s.heads, size,
         HAS_INITIAL=initial is not None, HAS_SEQ=seq is not None, L=CHUNK, BLOCK=PASS_BLOCK, STAGES=PASS_STAGES, num_warps=4,
     )  # fmt: skip
@@ -142,14 +145,14 @@ def entering_states(
 def leaving_gradients(
     s: Shape, dy: Any, C: Any, states: torch.Tensor, step: Any, decay: Any, seq: Any, final_grad: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradient of the state that leaves each chunk, of the log decay of what passes [B, H, c], and of the initial state."""
+    """Gradients: of the state that leaves each chunk, of the log decay of what passes [B, H, blocks, c], of the first state."""
     grads = _chunk_sums(s, dy, C, step, decay, seq, False)
     initial_grad, size = _fp32_state(s, dy), s.width * s.state
     blocks = -(-size // PASS_BLOCK)
     through = torch.empty(s.batch, s.heads, blocks, s.chunks, dtype=torch.float32, device=dy.device)
-    pass_back_kernel[(blocks, s.batch * s.heads)](
+    launch(pass_back_kernel, (blocks, s.batch * s.heads),
         grads, states, None if final_grad is None else final_grad.contiguous(), initial_grad, through, decay, seq,
         s.steps, s.chunks, s.heads, size, HAS_FINAL=final_grad is not None, HAS_SEQ=seq is not None, L=CHUNK,
         BLOCK=PASS_BLOCK, STAGES=PASS_STAGES, num_warps=4,
     )  # fmt: skip
-    return grads, through.sum(2), initial_grad
+    return grads, through, initial_grad

@@ -1,6 +1,6 @@
 """Mamba-2 scan on NVIDIA GPUs: chunked as in the reference, in Triton.
 
-Only the inputs are kept for the backward pass; states and scores are computed again.
+Inputs, step sizes and scores are kept for the backward pass; states are computed again.
 Memory for a pass: two states per chunk of `CHUNK` steps, and the scores, T * CHUNK per group.
 B and C are read per group and never copied out to heads.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from ssmtune.ops.launch import launch
 from ssmtune.ops.mamba2_chunk_scan import stages
 from ssmtune.ops.mamba2_chunk_scan.backward_kernels import (
     inputs_kernel,
@@ -91,17 +92,25 @@ class Inputs:
     mask: torch.Tensor | None
 
 
-def run_forward(shape: Shape, t: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the outputs [B, T, H, P] and the final state [B, H, P, N], fp32; no gradient is followed."""
+Small = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""What both passes need and is small beside the inputs: step sizes and decays [B, H, T'], and the scores."""
+
+
+def run_forward(shape: Shape, t: Inputs) -> tuple[torch.Tensor, torch.Tensor, Small]:
+    """Return the outputs [B, T, H, P], the final state [B, H, P, N], fp32, and what `run_backward` takes.
+
+    No gradient is followed.
+    """
     step, decay = step_sizes(shape, t.dt, t.bias, t.A, t.mask)
+    scores = chunk_scores(shape, t.B, t.C)
     states, final = entering_states(shape, t.x, t.B, step, decay, t.seq, t.initial)
     y = torch.empty(t.x.shape, dtype=t.x.dtype, device=t.x.device)
-    output_kernel[(shape.chunks, shape.batch * shape.heads)](
-        t.x, t.C, t.D, chunk_scores(shape, t.B, t.C), states, step, decay, t.seq, y, shape.steps, shape.heads,
+    launch(output_kernel, (shape.chunks, shape.batch * shape.heads),
+        t.x, t.C, t.D, scores, states, step, decay, t.seq, y, shape.steps, shape.heads,
         shape.heads // shape.groups, shape.width, shape.state, *t.x.stride()[:3], *t.C.stride()[:3],
         HAS_D=t.D is not None, HAS_SEQ=t.seq is not None, **shape.blocks(), **LAUNCH,
     )  # fmt: skip
-    return y, final
+    return y, final, (step, decay, scores)
 
 
 @dataclass(frozen=True)
@@ -113,32 +122,34 @@ class Into:
     dC: torch.Tensor
 
 
-def run_backward(s: Shape, t: Inputs, dy: torch.Tensor, final_grad: torch.Tensor | None, into: Into) -> tuple[Any, ...]:
+def run_backward(
+    s: Shape, t: Inputs, small: Small, dy: torch.Tensor, final_grad: torch.Tensor | None, into: Into
+) -> tuple[Any, ...]:
     """Write the gradients of x, B and C; return those of dt, A, D, the bias and the initial state, None for what is absent.
 
-    States and scores are computed again.
+    States are computed again.
     """
     device, has_seq = t.x.device, t.seq is not None
-    step, decay = step_sizes(s, t.dt, t.bias, t.A, t.mask)
+    step, decay, scores = small
     states, _ = entering_states(s, t.x, t.B, step, decay, t.seq, t.initial)
     grads, through, initial_grad = leaving_gradients(s, dy, t.C, states, step, decay, t.seq, final_grad)
-    scores = chunk_scores(s, t.B, t.C)
     per_group, length = s.heads // s.groups, s.chunks * stages.CHUNK
     by_head, by_group = (s.chunks, s.batch * s.heads), (s.chunks, s.batch * s.groups)
 
     def fp32(*dims: int) -> torch.Tensor:
         return torch.empty(dims, dtype=torch.float32, device=device)
 
-    direct, dD = fp32(s.batch, s.heads, length), fp32(s.batch, s.heads, s.chunks)
-    inputs_kernel[by_head](
-        t.x, dy, t.B, t.D, scores, grads, step, decay, t.seq, into.dx, direct, dD, s.steps, s.heads, per_group, s.width,
+    # Of A, the bias and D by chunk: one sum for the three.
+    direct, sums = fp32(s.batch, s.heads, length), fp32(3, s.batch, s.chunks, s.heads)
+    launch(inputs_kernel, by_head,
+        t.x, dy, t.B, t.D, scores, grads, step, decay, t.seq, into.dx, direct, sums[2], s.steps, s.heads, per_group, s.width,
         s.state, *t.x.stride()[:3], *dy.stride()[:3], *t.B.stride()[:3], *into.dx.stride()[:3], HAS_D=t.D is not None,
         HAS_SEQ=has_seq, **s.blocks(), **LAUNCH,
     )  # fmt: skip
     scores_grad = fp32(SPLITS, s.batch, s.chunks, s.groups, stages.CHUNK, stages.CHUNK)
     between = torch.empty_like(direct)
     products = {key: value for key, value in s.blocks().items() if key != "BLOCK_N"}
-    scores_back_kernel[by_group + (SPLITS,)](
+    launch(scores_back_kernel, by_group + (SPLITS,),
         t.x, dy, scores, step, decay, t.seq, scores_grad, between, s.steps, s.heads, per_group, s.width,
         *t.x.stride()[:3], *dy.stride()[:3], SPLITS=SPLITS, HAS_SEQ=has_seq, **products, **LAUNCH,
     )  # fmt: skip
@@ -146,31 +157,31 @@ def run_backward(s: Shape, t: Inputs, dy: torch.Tensor, final_grad: torch.Tensor
     def through_states(rows: Any, over: Any, cols: Any, at_end: bool) -> tuple[torch.Tensor, torch.Tensor]:
         part = fp32(SPLITS, s.batch, length, s.groups, s.state)
         along = fp32(s.blocks_n, s.batch, s.heads, length)
-        through_states_kernel[by_group + (SPLITS * s.blocks_n,)](
+        launch(through_states_kernel, by_group + (SPLITS * s.blocks_n,),
             rows, over, cols, step, decay, t.seq, part, along, s.steps, s.heads, per_group, s.width, s.state,
             *rows.stride()[:3], *cols.stride()[:3], SPLITS=SPLITS, AT_END=at_end, HAS_SEQ=has_seq, **s.blocks(),
             **LAUNCH,
         )  # fmt: skip
-        return part, along[0] if s.blocks_n == 1 else along.sum(0)
+        return part, along
 
     part_C, before = through_states(dy, states, t.C, False)
     part_B, after = through_states(t.x, grads, t.B, True)
-    readouts_kernel[by_group + (s.blocks_n,)](
+    launch(readouts_kernel, by_group + (s.blocks_n,),
         scores_grad, part_B, part_C, t.B, t.C, into.dB, into.dC, s.steps, s.groups, s.state, *t.B.stride()[:3],
         *t.C.stride()[:3], *into.dB.stride()[:3], *into.dC.stride()[:3], SPLITS=SPLITS, L=stages.CHUNK,
         BLOCK_N=s.block_n, EXACT=s.exact, **LAUNCH,
     )  # fmt: skip
     ddt = torch.empty(t.dt.shape, dtype=t.dt.dtype, device=device)
-    dA, dbias = fp32(s.batch, s.chunks, s.heads), fp32(s.batch, s.chunks, s.heads)
-    steps_back_kernel[(s.chunks, -(-s.heads // 16), s.batch)](
-        t.dt, t.bias, t.A, t.mask, step, direct, between, before, after, through, ddt, dA, dbias, s.steps, s.heads,
-        **s.steps_options(t.dt, t.bias, t.mask), **LAUNCH,
+    launch(steps_back_kernel, (s.chunks, -(-s.heads // 16), s.batch),
+        t.dt, t.bias, t.A, t.mask, step, direct, between, before, after, through, ddt, sums, s.steps, s.heads,
+        BLOCKS_N=s.blocks_n, BLOCKS=through.shape[2], **s.steps_options(t.dt, t.bias, t.mask), **LAUNCH,
     )  # fmt: skip
+    dA, dbias, dD = sums.sum((1, 2)).unbind()
     return (
         ddt,
-        dA.sum((0, 1)).to(t.A.dtype),
-        None if t.D is None else dD.sum((0, 2)).to(t.D.dtype),
-        None if t.bias is None else dbias.sum((0, 1)).to(t.bias.dtype),
+        dA.to(t.A.dtype),
+        None if t.D is None else dD.to(t.D.dtype),
+        None if t.bias is None else dbias.to(t.bias.dtype),
         None if t.initial is None else initial_grad.to(t.initial.dtype),
     )
 
@@ -179,18 +190,20 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
         *tensors, shape = given
-        ctx.save_for_backward(*tensors)
+        y, final, small = run_forward(shape, _dense(*tensors))
+        ctx.save_for_backward(*tensors, *small)
         ctx.shape = shape
         ctx.set_materialize_grads(False)
-        return run_forward(shape, _dense(*tensors))
+        return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Any, final_grad: Any) -> tuple[Any, ...]:
-        t = _dense(*ctx.saved_tensors)
+        *tensors, step, decay, scores = ctx.saved_tensors
+        t = _dense(*tensors)
         into = Into(*(torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (t.x, t.B, t.C)))
         dy = torch.zeros_like(into.dx) if dy is None else dense_rows(dy)
-        ddt, dA, dD, dbias, initial_grad = run_backward(ctx.shape, t, dy, final_grad, into)
+        ddt, dA, dD, dbias, initial_grad = run_backward(ctx.shape, t, (step, decay, scores), dy, final_grad, into)
         return into.dx, ddt, dA, into.dB, into.dC, dD, dbias, initial_grad, None, None, None
 
 

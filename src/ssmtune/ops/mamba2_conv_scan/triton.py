@@ -1,4 +1,4 @@
-"""Convolution and scan on NVIDIA GPUs; only what came in is kept for the backward pass."""
+"""Convolution and scan on NVIDIA GPUs; what came in is kept for the backward pass, and little else."""
 
 from __future__ import annotations
 
@@ -40,17 +40,18 @@ class _ConvScan(torch.autograd.Function):
         ctx: Any, xBC: Any, dt: Any, A: Any, weight: Any, bias: Any, D: Any, dt_bias: Any, seq: Any, groups: int,
         state: int, limit: Any,
     ) -> torch.Tensor:  # fmt: skip
-        ctx.save_for_backward(xBC, dt, A, weight, bias, D, dt_bias, seq)
         ctx.sizes = A.shape[0], groups, state
         ctx.limit = limit
         x, B, C = split(_convolve(xBC, weight, bias, seq), *ctx.sizes)
-        y, _ = run_forward(shape_of(x, B, True, limit), Inputs(x, dt, A, B, C, D, dt_bias, None, seq, None))
+        given = Inputs(x, dt, A, B, C, D, dt_bias, None, seq, None)
+        y, _, small = run_forward(shape_of(x, B, True, limit), given)
+        ctx.save_for_backward(xBC, dt, A, weight, bias, D, dt_bias, seq, *small)
         return y.flatten(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        xBC, dt, A, weight, bias, D, dt_bias, seq = ctx.saved_tensors
+        xBC, dt, A, weight, bias, D, dt_bias, seq, step, decay, scores = ctx.saved_tensors
         read = [t for t in (xBC, weight, bias) if t is not None]
         needed = [ctx.needs_input_grad[i] for i, t in ((0, xBC), (3, weight), (4, bias)) if t is not None]
         with torch.enable_grad():
@@ -62,6 +63,7 @@ class _ConvScan(torch.autograd.Function):
         ddt, dA, dD, ddt_bias, _ = run_backward(
             shape_of(x, B, True, ctx.limit),
             Inputs(x, dt, A, B, C, D, dt_bias, None, seq, None),
+            (step, decay, scores),
             dy.contiguous().view(x.shape),
             None,
             into,

@@ -13,6 +13,7 @@ import triton
 from torch.autograd.function import once_differentiable
 
 from ssmtune.ops.gated_rms_norm import triton as norm
+from ssmtune.ops.launch import launch
 from ssmtune.ops.projection.kernels import (
     activate_back_kernel,
     activate_kernel,
@@ -133,7 +134,7 @@ def _drop(p: torch.Tensor, spec: _Spec) -> torch.Tensor:
     if not spec.dropout:
         return p
     out, p = torch.empty_like(p), p.contiguous()
-    dropout_kernel[_blocks(p)](p, out, p.numel(), spec.seed, spec.dropout, ADD=False, **BLOCK)
+    launch(dropout_kernel, _blocks(p), p, out, p.numel(), spec.seed, spec.dropout, ADD=False, **BLOCK)
     return out
 
 
@@ -142,13 +143,13 @@ def _add_through_dropout(dp: torch.Tensor, dv: torch.Tensor, A: torch.Tensor, sp
         _add_low_rank(dp, dv, A, spec.multiplier)
         return
     through = torch.mm(dv, A).mul_(spec.multiplier)
-    dropout_kernel[_blocks(dp)](through, dp, dp.numel(), spec.seed, spec.dropout, ADD=True, **BLOCK)
+    launch(dropout_kernel, _blocks(dp), through, dp, dp.numel(), spec.seed, spec.dropout, ADD=True, **BLOCK)
 
 
 def _add_low_rank(y: torch.Tensor, v: torch.Tensor, factor: torch.Tensor, alpha: float) -> None:
     """y [T, O] += alpha v [T, r] factor [r, O], in place."""
     rows, width = y.shape
-    add_low_rank_kernel[(int(triton.cdiv(width, ADD_BLOCK["BLOCK_O"])), int(triton.cdiv(rows, ADD_BLOCK["BLOCK_T"])))](
+    launch(add_low_rank_kernel, (int(triton.cdiv(width, ADD_BLOCK["BLOCK_O"])), int(triton.cdiv(rows, ADD_BLOCK["BLOCK_T"]))),
         y, v, factor, rows, width, v.shape[1], v.stride(0), factor.stride(1), factor.stride(0), alpha,
         EXACT=y.dtype == torch.float32 or not y.is_cuda, RANK=max(16, int(triton.next_power_of_2(v.shape[1]))),
         **ADD_BLOCK,
@@ -177,7 +178,7 @@ def _prepare(x: torch.Tensor, second: Any, norm_weight: Any, spec: _Spec) -> tor
         return norm.run_forward(x, norm_weight, second, spec.eps, spec.size)
     first, up = _parts(x, second, spec)
     y = torch.empty(*x.shape[:-1], first.shape[-1], dtype=x.dtype, device=x.device)
-    activate_kernel[_grid(first)](
+    launch(activate_kernel, _grid(first),
         first, up, y, *first.shape, first.stride(0), 0 if up is None else up.stride(0), SILU=spec.kind == "silu",
         HAS_UP=up is not None, **BLOCK,
     )  # fmt: skip
@@ -191,14 +192,14 @@ def _prepare_back(
     if spec.kind == "none":
         return dp, None, x
     if spec.kind == "norm":
-        dx, dgate, _ = norm.run_backward(dp, x, norm_weight, second, spec.eps, spec.size)
-        return dx, dgate, None
+        dx, dgate, _, p = norm.run_backward(dp, x, norm_weight, second, spec.eps, spec.size, again=again)
+        return dx, dgate, p
     first, up = _parts(x, second, spec)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dsecond = None if second is None else torch.empty(second.shape, dtype=x.dtype, device=x.device)
     dfirst, dup = _parts(dx, dsecond, spec)
     y = torch.empty_like(dp) if again else None
-    activate_back_kernel[_grid(first)](
+    launch(activate_back_kernel, _grid(first),
         first, up, dp, dfirst, dup, y, *first.shape, first.stride(0), 0 if up is None else up.stride(0),
         dfirst.stride(0), 0 if dup is None else dup.stride(0), SILU=spec.kind == "silu", HAS_UP=up is not None,
         AGAIN=again, **BLOCK,
