@@ -46,6 +46,7 @@ class BenchConfig:
     tokens_per_step: int = pydantic.Field(default=2048, ge=2)
     row_length: int = pydantic.Field(default=512, ge=2)
     num_steps: int = pydantic.Field(default=5, ge=1)
+    """Steps that are timed in a row."""
     repeats: int = pydantic.Field(default=3, ge=1)
     memory: Literal["fast", "balanced", "small"] = "fast"
     """What is kept for the backward pass (`memory`); for anything but "fast" the peer recomputes every layer."""

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -34,11 +34,16 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+R = TypeVar("R")
+
 PEER_METHODS = ("lora", "core")
 """Methods that plain PEFT and a trained parameter can stand for."""
 
 WARM_UP_STEPS = 2
 """Untimed steps after the first, in which allocators and caches settle."""
+
+WINDOWS = 3
+"""Times that a process is timed, each time over several steps in a row: as in training, nothing waits between them."""
 
 
 def main(request_path: str) -> int:
@@ -75,14 +80,19 @@ def measure(config: BenchConfig, side: str) -> dict[str, Any]:
     first_loss, first_step_s = _timed(step, config.device)
     for _ in range(WARM_UP_STEPS):
         step()
-    step_s = [_timed(step, config.device)[1] for _ in range(config.num_steps)]
+
+    def several() -> None:
+        for _ in range(config.num_steps):
+            step()
+
+    step_s = [_timed(several, config.device)[1] / config.num_steps for _ in range(WINDOWS)]
     peak = peak_memory()
     before = {name: p.detach().clone() for name, p in trained.items()}
     shares = component_shares(step, modules, with_cuda=config.device == "cuda")
     return {
         "step_s": step_s,
         "first_step_s": first_step_s,
-        "first_loss": first_loss,
+        "first_loss": float(first_loss),
         "peak_memory_bytes": peak,
         "num_trained": len(trained),
         "dead": sorted(name for name, p in trained.items() if torch.equal(before[name], p.detach())),
@@ -183,14 +193,14 @@ def _make_step(
     loss_of: Callable[[torch.Tensor], torch.Tensor],
     tokens: torch.Tensor,
     config: BenchConfig,
-) -> Callable[[], float]:
-    """Return one full training step; it returns the loss before the update."""
+) -> Callable[[], torch.Tensor]:
+    """Return one full training step; it returns the loss before the update and waits for nothing."""
     settings = OptimizerConfig()
     parameters = list(trained.values())
     cuda = config.device == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=cuda)
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         # As trainers do it: PEFT's fp32 factors would otherwise meet bf16 activations.
         with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
             loss = loss_of(tokens)
@@ -199,20 +209,20 @@ def _make_step(
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        return loss.detach()
 
     return step
 
 
-def _timed(step: Callable[[], float], device: str) -> tuple[float, float]:
-    """Run a step; its loss and its seconds, with the device's queue empty before and after."""
+def _timed(run: Callable[[], R], device: str) -> tuple[R, float]:
+    """Run something; its result and its seconds, with the device's queue empty before and after."""
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
-    loss = step()
+    result = run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return loss, time.perf_counter() - started
+    return result, time.perf_counter() - started
 
 
 def _floor_seconds(inventory: Inventory, config: BenchConfig, dtype: torch.dtype) -> float | None:
@@ -231,10 +241,9 @@ def _floor_seconds(inventory: Inventory, config: BenchConfig, dtype: torch.dtype
         dy = torch.randn(config.tokens_per_step, num_out, device=config.device, dtype=dtype)
         weight = torch.randn(num_out, num_in, device=config.device, dtype=dtype)
 
-        def both(x: torch.Tensor = x, dy: torch.Tensor = dy, weight: torch.Tensor = weight) -> float:
+        def both(x: torch.Tensor = x, dy: torch.Tensor = dy, weight: torch.Tensor = weight) -> None:
             torch.mm(x, weight.t())
             torch.mm(dy, weight)
-            return 0.0
 
         both()
         total += count * statistics.median(_timed(both, config.device)[1] for _ in range(5))

@@ -27,7 +27,7 @@ def keep_activations(adapted: AdaptedModel, memory: Memory) -> None:
         raise ConfigError(
             f"memory: {memory!r}: {type(base).__name__} has no layers that can be recomputed. Use memory: fast."
         )
-    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.activation_checkpointing_enable({"use_reentrant": False})
     layers = [name for name, module in base.named_modules() if isinstance(module, GradientCheckpointingLayer)]
     outermost = [name for name in layers if not any(name.startswith(f"{other}.") for other in layers)]
     for name in outermost[::4] if memory == "balanced" else ():

@@ -17,7 +17,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of one optimiser step.", min=2)] = 2048,
     row_length: Annotated[int, typer.Option(help="Tokens of one row.", min=2)] = 512,
-    steps: Annotated[int, typer.Option(help="Timed steps per process.", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="Steps timed in a row, three times per process.", min=1)] = 5,
     repeats: Annotated[int, typer.Option(help="Processes per side, in turn.", min=1)] = 3,
     memory: Annotated[str, typer.Option(help="fast, balanced or small: how much is kept for the backward.")] = "fast",
     peer: Annotated[bool, typer.Option(help="Measure transformers + PEFT too.")] = True,

@@ -30,9 +30,8 @@ class Factors:
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, I] and B [O, r], looked up past `nn.Module`'s attribute access, which costs more than a launch."""
-        A = self.module._modules["lora_A"]._modules[self.name]._parameters["weight"]  # type: ignore[union-attr]
-        B = self.module._modules["lora_B"]._modules[self.name]._parameters["weight"]  # type: ignore[union-attr]
-        assert A is not None and B is not None
+        modules: Any = self.module._modules
+        A, B = (modules[side]._modules[self.name]._parameters["weight"] for side in ("lora_A", "lora_B"))
         return A, B
 
     def low_rank(self) -> LowRank | None:
@@ -45,7 +44,7 @@ class Factors:
         return LowRank(A, B, self.module.scaling[self.name], dropout, self.rounded if is_current else None)
 
 
-def factors_of(module: nn.Module) -> Factors | None:
+def factors_of(module: Any) -> Factors | None:
     """Return the factors of a PEFT layer that is one LoRA over a frozen linear and nothing else; None for any other."""
     if type(module) is not LoraLinear or type(module.get_base_layer()) is not nn.Linear:
         return None
@@ -67,7 +66,7 @@ def round_factors(factors: Sequence[Factors]) -> None:
         wide = [*(A for A, _ in pairs), *scaled]
         dtype = factors[0].linear.weight.dtype
         flat = torch.empty(sum(t.numel() for t in wide), dtype=dtype, device=wide[0].device)
-        narrow = torch._C._nn.unflatten_dense_tensors(flat, wide)  # type: ignore[attr-defined]
+        narrow = torch._C._nn.unflatten_dense_tensors(flat, wide)
         torch._foreach_copy_(narrow, wide)
     for index, (one, (A, B)) in enumerate(zip(factors, pairs, strict=True)):
         one.rounded = narrow[index], narrow[len(factors) + index]

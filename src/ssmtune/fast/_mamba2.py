@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ssmtune.fast._marks import component
 from ssmtune.fast.base import Inside, project
 from ssmtune.ops.mamba2_conv_scan import mamba2_conv_scan
 from ssmtune.ops.projection import Activated, Normed
@@ -46,16 +47,20 @@ def mix(
     mixer: Any, norm: Any, hidden: torch.Tensor, inside: Inside, *, residual: torch.Tensor | None, multiplier: float
 ) -> torch.Tensor:
     """Return residual + multiplier * mixer(norm(hidden)) for a mixer whose gated norm gates first."""
-    projected = project(mixer.in_proj, hidden, prologue=Normed(norm.weight, norm.variance_epsilon))
-    y, gate = inner(mixer, projected, inside)
-    gated = Normed(mixer.norm.weight, mixer.norm.variance_epsilon, gate, mixer.norm.group_size)
-    return project(mixer.out_proj, y, prologue=gated, residual=residual, multiplier=multiplier)
+    with component("recurrent"):
+        projected = project(mixer.in_proj, hidden, prologue=Normed(norm.weight, norm.variance_epsilon))
+        y, gate = inner(mixer, projected, inside)
+        gated = Normed(mixer.norm.weight, mixer.norm.variance_epsilon, gate, mixer.norm.group_size)
+        return project(mixer.out_proj, y, prologue=gated, residual=residual, multiplier=multiplier)
 
 
 def gated_mlp(
     gate_proj: Any, up_proj: Any, down_proj: Any, norm: Any, hidden: torch.Tensor, *, down_multiplier: float = 1.0
 ) -> torch.Tensor:
     """Return hidden + multiplier * down(silu(gate(norm(hidden))) * up(norm(hidden)))."""
-    before = Normed(norm.weight, norm.variance_epsilon)
-    gate, up = project(gate_proj, hidden, prologue=before), project(up_proj, hidden, prologue=before)
-    return project(down_proj, gate, prologue=Activated(ACTIVATION, up=up), residual=hidden, multiplier=down_multiplier)
+    with component("mlp"):
+        before = Normed(norm.weight, norm.variance_epsilon)
+        gate, up = project(gate_proj, hidden, prologue=before), project(up_proj, hidden, prologue=before)
+        return project(
+            down_proj, gate, prologue=Activated(ACTIVATION, up=up), residual=hidden, multiplier=down_multiplier
+        )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ssmtune.fast._mamba2 import ACTIVATION, mix, mixer_refusal
+from ssmtune.fast._marks import component
 from ssmtune.fast.base import Block, Inside, project
 from ssmtune.ops.gated_rms_norm import gated_rms_norm
 from ssmtune.ops.projection import Activated, Normed
@@ -29,15 +30,16 @@ def _run(layer: Any, hidden: torch.Tensor, inside: Inside) -> torch.Tensor:
         normed = gated_rms_norm(hidden, norm.weight, eps=norm.variance_epsilon)
         attended, _ = layer.self_attn(hidden_states=normed, **inside.given)
         hidden = hidden + attended * multiplier
-    norm = layer.post_attention_layernorm
-    wide = project(mlp.input_linear, hidden, prologue=Normed(norm.weight, norm.variance_epsilon))
-    return project(
-        mlp.output_linear,
-        wide,
-        prologue=Activated(ACTIVATION, halves=True),
-        residual=hidden,
-        multiplier=multiplier,
-    )
+    with component("mlp"):
+        norm = layer.post_attention_layernorm
+        wide = project(mlp.input_linear, hidden, prologue=Normed(norm.weight, norm.variance_epsilon))
+        return project(
+            mlp.output_linear,
+            wide,
+            prologue=Activated(ACTIVATION, halves=True),
+            residual=hidden,
+            multiplier=multiplier,
+        )
 
 
 BLOCK = Block(layer_class="GraniteMoeHybridDecoderLayer", refusal=_refusal, run=_run)

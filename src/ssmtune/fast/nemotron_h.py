@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ssmtune.fast._mamba2 import mix, mixer_refusal
+from ssmtune.fast._marks import component
 from ssmtune.fast.base import Block, Inside, project
 from ssmtune.ops.gated_rms_norm import gated_rms_norm
 from ssmtune.ops.projection import Activated, Normed
@@ -35,8 +36,9 @@ def _run(layer: Any, hidden: torch.Tensor, inside: Inside) -> torch.Tensor:
         normed = gated_rms_norm(hidden, norm.weight, eps=norm.variance_epsilon)
         attended: torch.Tensor = mixer(hidden_states=normed, **inside.given)[0]
         return hidden + attended
-    wide = project(mixer.up_proj, hidden, prologue=Normed(norm.weight, norm.variance_epsilon))
-    return project(mixer.down_proj, wide, prologue=Activated("relu2"), residual=hidden)
+    with component("mlp"):
+        wide = project(mixer.up_proj, hidden, prologue=Normed(norm.weight, norm.variance_epsilon))
+        return project(mixer.down_proj, wide, prologue=Activated("relu2"), residual=hidden)
 
 
 BLOCK = Block(layer_class="NemotronHBlock", refusal=_refusal, run=_run)
