@@ -167,6 +167,20 @@ def test_factors_follow_what_is_written_to_them() -> None:
     assert relative_rms(after, own(**given).logits.detach()) <= LIMIT
 
 
+def test_rounded_copies_end_with_what_they_copy() -> None:
+    adapted = adapted_model(("granite_hybrid", "dense"), fast=True)
+    adapted(**inputs(adapted, "plain"))
+    factors = [vars(m)[_linear.ATTRIBUTE] for m in adapted.modules() if _linear.ATTRIBUTE in vars(m)]
+    assert factors
+    for one in factors:
+        A, B, scale, _, rounded = one.low_rank()
+        assert rounded is not None
+        assert torch.equal(rounded[0], A) and torch.equal(rounded[1], B * scale)
+        with torch.no_grad():
+            B.add_(1.0)
+        assert one.low_rank().rounded is None
+
+
 @pytest.mark.parametrize("recipe", ["dora", "hankel", "bitfit", "affix"])
 def test_other_methods_keep_the_models_own_layers(recipe: str) -> None:
     adapted = adapted_model(("granite_hybrid", "dense"), fast=True, recipe=recipe)

@@ -10,7 +10,10 @@ from tolerances import OP_FP32, relative_rms
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is built for Linux only")
 
+from ssmtune.errors import ConfigError
 from ssmtune.ops.case import Tensors
+from ssmtune.ops.gated_mlp import cases as mlp_cases
+from ssmtune.ops.gated_mlp import triton as mlp_kernels
 from ssmtune.ops.linear_cross_entropy import cases as loss_cases
 from ssmtune.ops.linear_cross_entropy import linear_cross_entropy
 from ssmtune.ops.linear_cross_entropy import triton as loss_kernels
@@ -32,6 +35,7 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(loss_kernels, "LOGITS_BYTES", 4 * 37 * 4)
     monkeypatch.setattr(loss_kernels, "BLOCK", {"BLOCK": 16, "num_warps": 1})
     monkeypatch.setattr(projection_kernels, "BLOCK", {"BLOCK": 16, "num_warps": 1})
+    monkeypatch.setattr(mlp_kernels, "BLOCK", {"BLOCK_T": 16, "BLOCK_K": 16, "num_warps": 1})
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -148,3 +152,29 @@ def test_conv_scan(case: conv_scan_cases.Case) -> None:
         lambda t: conv_scan_cases.truth(t, limit),
         case.inputs,
     )
+
+
+def test_gated_mlp() -> None:
+    check(lambda t: mlp_cases.run(t, backend="triton"), mlp_cases.truth, mlp_cases.cases()[0].inputs)
+
+
+@pytest.mark.parametrize("case", mlp_cases.cases(), ids=lambda case: case.label)
+def test_gated_mlp_as_two_projections(case: mlp_cases.Case) -> None:
+    """Where its own kernels cannot serve, the MLP is two projections, and says so when its kernels are asked for."""
+    check(lambda t: mlp_cases.run(t), mlp_cases.truth, case.inputs)
+    if case.label != "adapted":
+        with pytest.raises(ConfigError, match="has no low-rank term"):
+            mlp_cases.run({name: value.float() for name, value in case.inputs.items()}, backend="triton")
+
+
+def test_rounded_factors_are_what_they_round() -> None:
+    """Factors that were rounded in advance give what the factors themselves give, gradients included."""
+    t = PROJECTIONS["adapted, residual"].inputs
+
+    def run(t: Tensors, in_advance: bool) -> torch.Tensor:
+        rounded = (t["A"].detach(), 0.7 * t["B"].detach()) if in_advance else None
+        low_rank = LowRank(t["A"], t["B"], 0.7, rounded=rounded)
+        return projection(t["x"], t["weight"].detach(), low_rank=low_rank, residual=t["residual"], backend="triton")
+
+    found, expected = (with_gradients(lambda t, a=a: run(t, a), t, torch.float32) for a in (True, False))  # type: ignore[misc]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

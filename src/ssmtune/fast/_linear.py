@@ -76,6 +76,15 @@ def round_factors(factors: Sequence[Factors]) -> None:
 ATTRIBUTE = "_ssmtune_factors"
 
 
+def weights_of(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, LowRank | None]:
+    """Return the frozen weight and bias of a linear module, plain or adapted, and what its adapter adds at present."""
+    factors: Factors | None = module.__dict__.get(ATTRIBUTE)
+    linear: nn.Module = module if factors is None else factors.linear
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    assert weight is not None
+    return weight, bias, None if factors is None else factors.low_rank()
+
+
 def project(
     module: nn.Module,
     x: torch.Tensor,
@@ -85,19 +94,8 @@ def project(
     multiplier: float = 1.0,
 ) -> torch.Tensor:
     """Return `ops.projection` of a linear module, plain or adapted by one LoRA that may be switched off."""
-    factors: Factors | None = module.__dict__.get(ATTRIBUTE)
-    linear: nn.Module = module if factors is None else factors.linear
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    assert weight is not None
-    return projection(
-        x,
-        weight,
-        bias,
-        low_rank=None if factors is None else factors.low_rank(),
-        prologue=prologue,
-        residual=residual,
-        multiplier=multiplier,
-    )
+    weight, bias, low_rank = weights_of(module)
+    return projection(x, weight, bias, low_rank=low_rank, prologue=prologue, residual=residual, multiplier=multiplier)
 
 
 def is_cast(tensor: torch.Tensor) -> bool:

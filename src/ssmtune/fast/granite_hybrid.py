@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
-from ssmtune.fast._mamba2 import ACTIVATION, mix, mixer_refusal
+from ssmtune.fast._linear import weights_of
+from ssmtune.fast._mamba2 import mix, mixer_refusal
 from ssmtune.fast._marks import component
-from ssmtune.fast.base import Block, Inside, project
+from ssmtune.fast.base import Block, Inside
+from ssmtune.ops.gated_mlp import gated_mlp
 from ssmtune.ops.gated_rms_norm import gated_rms_norm
-from ssmtune.ops.projection import Activated, Normed
+from ssmtune.ops.projection import Normed
 
 
 def _refusal(layer: Any) -> str | None:
@@ -32,14 +34,10 @@ def _run(layer: Any, hidden: torch.Tensor, inside: Inside) -> torch.Tensor:
         hidden = hidden + attended * multiplier
     with component("mlp"):
         norm = layer.post_attention_layernorm
-        wide = project(mlp.input_linear, hidden, prologue=Normed(norm.weight, norm.variance_epsilon))
-        return project(
-            mlp.output_linear,
-            wide,
-            prologue=Activated(ACTIVATION, halves=True),
-            residual=hidden,
-            multiplier=multiplier,
-        )
+        in_weight, _, in_low_rank = weights_of(mlp.input_linear)
+        out_weight, _, out_low_rank = weights_of(mlp.output_linear)
+        before = Normed(norm.weight, norm.variance_epsilon)
+        return gated_mlp(hidden, before, in_weight, out_weight, in_low_rank, out_low_rank, multiplier=multiplier)
 
 
 BLOCK = Block(layer_class="GraniteMoeHybridDecoderLayer", refusal=_refusal, run=_run)

@@ -22,6 +22,7 @@ SWITCH = "SSMTUNE_OPS"
 OPERATIONS = (
     "causal_conv1d",
     "causal_conv1d_update",
+    "gated_mlp",
     "gated_rms_norm",
     "linear_cross_entropy",
     "mamba1_selective_scan",

@@ -94,13 +94,13 @@ class _Projection(torch.autograd.Function):
         elif bias is not None:
             y = torch.addmm(bias, p, weight.t(), alpha=m, beta=m)
         else:
-            y = _product(p, weight.t(), m)
+            y = product(p, weight.t(), m)
         v = None
         if A is not None:
             if rounded_A is None:
                 rounded_A, rounded_B = A.to(p.dtype), (B * spec.scale).to(p.dtype)
             v = torch.mm(_drop(p, spec), rounded_A.t())
-            _add_low_rank(y, v, rounded_B.t(), m)
+            add_low_rank(y, v, rounded_B.t(), m)
         ctx.save_for_backward(x, second, norm_weight, weight, rounded_A, rounded_B, v)
         ctx.spec, ctx.lead = spec, x.shape[:-1]
         return y.view(*ctx.lead, weight.shape[0])
@@ -115,17 +115,17 @@ class _Projection(torch.autograd.Function):
         dA = dB = dv = None
         if A is not None:
             dv = torch.mm(flat, B)
-            dB = _fp32_product(flat.t(), v, m * spec.scale)
+            dB = fp32_product(flat.t(), v, m * spec.scale)
         needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dx = dsecond = p = None
         if needs_x:
-            dp = _product(flat, weight, m)
+            dp = product(flat, weight, m)
             if dv is not None:
                 _add_through_dropout(dp, dv, A, spec)
             dx, dsecond, p = _prepare_back(dp.view(*ctx.lead, -1), x, second, norm_weight, spec, again=A is not None)
         if dv is not None:
             p = _prepare(x, second, norm_weight, spec) if p is None else p
-            dA = _fp32_product(dv.t(), _drop(p.flatten(0, -2), spec), m)
+            dA = fp32_product(dv.t(), _drop(p.flatten(0, -2), spec), m)
         return dx, dsecond, None, None, None, dA, dB, dy if ctx.needs_input_grad[7] else None, None, None, None
 
 
@@ -140,13 +140,13 @@ def _drop(p: torch.Tensor, spec: _Spec) -> torch.Tensor:
 
 def _add_through_dropout(dp: torch.Tensor, dv: torch.Tensor, A: torch.Tensor, spec: _Spec) -> None:
     if not spec.dropout:
-        _add_low_rank(dp, dv, A, spec.multiplier)
+        add_low_rank(dp, dv, A, spec.multiplier)
         return
     through = torch.mm(dv, A).mul_(spec.multiplier)
     launch(dropout_kernel, _blocks(dp), through, dp, dp.numel(), spec.seed, spec.dropout, ADD=True, **BLOCK)
 
 
-def _add_low_rank(y: torch.Tensor, v: torch.Tensor, factor: torch.Tensor, alpha: float) -> None:
+def add_low_rank(y: torch.Tensor, v: torch.Tensor, factor: torch.Tensor, alpha: float) -> None:
     """y [T, O] += alpha v [T, r] factor [r, O], in place."""
     rows, width = y.shape
     launch(add_low_rank_kernel, (int(triton.cdiv(width, ADD_BLOCK["BLOCK_O"])), int(triton.cdiv(rows, ADD_BLOCK["BLOCK_T"]))),
@@ -156,13 +156,13 @@ def _add_low_rank(y: torch.Tensor, v: torch.Tensor, factor: torch.Tensor, alpha:
     )  # fmt: skip
 
 
-def _fp32_product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
+def fp32_product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
     """a b times a number in fp32: factors train in fp32, and their gradients are not rounded on the way."""
     product = torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
     return product if factor == 1.0 else product.mul_(factor)
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
+def product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
     """a b times a number, which the matrix product applies before it rounds."""
     if factor == 1.0:
         return torch.mm(a, b)
