@@ -35,7 +35,9 @@ def start(model: Any, input_ids: Any, attention_mask: Any = None, num_beams: int
             cache.update(value.to(model.dtype), rows[f"{layer}.values"].to(model.dtype), int(layer))
             num_seen = value.shape[-2]
     takes = inspect.signature(model.forward).parameters
-    given = {"cache_params" if "cache_params" in takes else "past_key_values": cache}
+    given: dict[str, Any] = {"cache_params" if "cache_params" in takes else "past_key_values": cache}
+    if num_seen and "position_ids" in takes:
+        given["position_ids"] = torch.arange(num_seen, num_seen + input_ids.shape[1], device=input_ids.device)[None]
     mask = input_ids.new_ones(len(input_ids), num_seen + input_ids.shape[1])
     while ONE_BY_ONE and input_ids.shape[1] > 1:
         with torch.no_grad():

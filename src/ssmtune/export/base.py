@@ -71,7 +71,7 @@ class Target:
     """Writes the result and returns the facts of the record, among them `files` and `record_path`."""
 
 
-NOT_TARGETS = frozenset({"agreement", "base", "cache_start", "converter", "engines", "factors", "plain"})
+NOT_TARGETS = frozenset({"agreement", "base", "cache_start", "converter", "engines", "factors", "magnitudes", "plain"})
 
 
 def target_names() -> tuple[str, ...]:
