@@ -178,6 +178,8 @@ def merge_to(
         "run_id": saved.run_id,
         "step": saved.step,
         "recipe": saved.plan.recipe,
+        "trainable": saved.plan.trainable,
+        "total": saved.plan.total,
         "adapter_sha256": {file: file_sha256(directory / file) for file in (PEFT_TENSORS, OUR_TENSORS)},
         "restored": list(restore),
         "core_float32": core_float32,
