@@ -140,6 +140,13 @@ def test_a_process_without_ssmtune_gives_the_adapted_model(
     assert torch.equal(chosen, whole[:, tokens.shape[1] :])
 
 
+def test_ssmtune_does_not_take_the_weights_alone_for_the_model(
+    fresh: dict[str, tuple[Path, dict[str, torch.Tensor]]],
+) -> None:
+    with pytest.raises(ConfigError, match="what its sequences start from, which no weight holds"):
+        load_model(str(fresh["mamba2-tied-affix"][0] / "hf"))
+
+
 def test_padding_is_refused_by_the_loader(fresh: dict[str, tuple[Path, dict[str, torch.Tensor]]]) -> None:
     """Plain transformers lets a state decay over padding, and says nothing."""
     directory = fresh["granite_hybrid-dense-initial-state"][0] / "hf"

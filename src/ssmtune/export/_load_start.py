@@ -36,11 +36,13 @@ def start(model: Any, input_ids: Any, attention_mask: Any = None, num_beams: int
             num_seen = value.shape[-2]
     takes = inspect.signature(model.forward).parameters
     given: dict[str, Any] = {"cache_params" if "cache_params" in takes else "past_key_values": cache}
-    if num_seen and "position_ids" in takes:
-        given["position_ids"] = torch.arange(num_seen, num_seen + input_ids.shape[1], device=input_ids.device)[None]
     mask = input_ids.new_ones(len(input_ids), num_seen + input_ids.shape[1])
     while ONE_BY_ONE and input_ids.shape[1] > 1:
         with torch.no_grad():
             model(input_ids=input_ids[:, :1].repeat_interleave(num_beams, 0), use_cache=True, **given)
         input_ids = input_ids[:, 1:]
+    if num_seen and "position_ids" in takes:
+        given["position_ids"] = torch.arange(mask.shape[1] - input_ids.shape[1], mask.shape[1], device=mask.device)[
+            None
+        ]
     return {"input_ids": input_ids, "attention_mask": mask, **given}

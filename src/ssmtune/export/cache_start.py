@@ -17,7 +17,7 @@ from ssmtune.compiled import save_compiled
 from ssmtune.errors import CheckFailed, ConfigError
 from ssmtune.export.plain import Started, compare_logits, own_logits, plain_started
 from ssmtune.methods.base import get_method
-from ssmtune.models import load_model
+from ssmtune.models import START, load_model
 from ssmtune.records import write_bytes
 from ssmtune.verify.forward import STEP_TOLERANCE
 from ssmtune.widen import SCAN
@@ -25,12 +25,12 @@ from ssmtune.widen import SCAN
 if TYPE_CHECKING:
     from ssmtune.plan import Plan, Site
 
-TENSORS, LOADER = "start.safetensors", "load_start.py"
+LOADER = "load_start.py"
 
 CARD = f"""
 ## What sequences start from
 
-Part of what was trained is no weight: it is in `{TENSORS}`, and acts where a sequence starts.
+Part of what was trained is no weight: it is in `{START}`, and acts where a sequence starts.
 `{LOADER}` puts it into the cache of a new batch; without it this is another model.
 
 ```python
@@ -76,7 +76,7 @@ def write_start(
     """Write what `sites` of `adapted` come to beside the merged model `draft`; return how exactly it arrived.
 
     A fresh process runs the merged model in fp32 from the loader: over each prompt in one call, and generating after it. If
-    that is another model, because a call of several tokens starts from zero there, it is tried one token at a time.
+    that is another model, as where a call of several tokens starts its recurrence from zero, it is tried one at a time.
     `trained` are the logits of `adapted` for `prompts`. Raises `CheckFailed` for what does not give the logits of the merged
     weights with these sites in ssmtune.
     """
@@ -84,7 +84,7 @@ def write_start(
     started = attach(load_model(str(draft), dtype="float32"), replace(adapted.plan, sites=tuple(sites)))
     for key, edit in started.edits.items():
         edit.load_state_dict(adapted.edits[key].state_dict())  # type: ignore[attr-defined]
-    save_compiled(started, draft / TENSORS)
+    save_compiled(started, draft / START)
     text = (Path(__file__).parent / "_load_start.py").read_text(encoding="utf-8")
     limit, tried = STEP_TOLERANCE[torch.float32], {}
     for one_by_one in (False, True):

@@ -68,19 +68,22 @@ def _check_weights(
 
 
 def _summary(dtype: str, check: dict[str, Any]) -> list[str]:
-    rounding = f"Rounding to {dtype} moved logits by up to {check['merged_to_adapted']['max']:.2g} of the largest."
+    apart = f"{check['merged_to_adapted']['max']:.2g} of the largest"
     if "plain_to_merged" in check:
-        return ["In plain transformers, in a fresh process: the merged model's logits, bit for bit.", rounding]
+        return [
+            "In plain transformers, in a fresh process: the merged model's logits, bit for bit.",
+            f"Rounding to {dtype} moved logits by up to {apart}.",
+        ]
     worst = max(check["prompts_to_expected"]["max"], check["generated_to_expected"]["max"])
     return [
         f"In plain transformers, in a fresh process, from what {LOADER} puts into the cache: the adapted model's logits "
         f"within {worst:.2g} of the largest, for prompts and generated tokens. Without it this is another model.",
         *(
-            ["A call of several tokens starts from zero there, so the loader reads prompts one token at a time."]
+            ["A call of several tokens computes something else there, so the loader reads prompts one token at a time."]
             if check["one_by_one"]
             else []
         ),
-        rounding,
+        f"That is in float32; the adapted model in {dtype} is up to {apart} from it.",
     ]
 
 
