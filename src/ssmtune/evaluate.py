@@ -114,12 +114,10 @@ def trained_facts(model: str, adapter: str | None) -> dict[str, Any] | None:
     """
     from ssmtune.adapter_files import OUR_CONFIG
 
-    facts: dict[str, Any] = {}
-    if adapter is not None:
-        facts = read_json(Path(adapter) / OUR_CONFIG)
-        facts = {"run_id": facts.get("run_id"), **facts.get("plan", {})}
-    elif (merged := Path(model_location(model)) / PROVENANCE).is_file():
-        facts = read_json(merged)
+    path = Path(model_location(model)) / PROVENANCE if adapter is None else Path(adapter) / OUR_CONFIG
+    facts = read_json(path) if path.is_file() else {}
+    if adapter is not None and isinstance(plan := facts.get("plan"), dict):
+        facts = {**plan, "run_id": facts.get("run_id")}
     known = {name: facts.get(name) for name in ("run_id", "recipe", "trainable", "total")}
     return known if known["trainable"] and known["total"] else None
 
