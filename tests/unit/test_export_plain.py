@@ -413,3 +413,24 @@ def test_programs_without_magnitudes_refuse_dora(base: Path, tmp_path: Path, to:
         ConfigError, match=r"have magnitudes of their rows, trained by 'dora'; .* applies A and B alone"
     ):
         export(ExportConfig(run=str(run), to=to, out=str(tmp_path / "out")))
+
+
+def test_rows_that_a_magnitude_cannot_stand_for_are_refused(base: Path, tmp_path: Path, in_process: None) -> None:
+    """Rows of the same tensor that only a new base could hold, and rows of zeros, by whose norm PEFT would divide."""
+    rows = Edit(method="dora", select=("ssm.in.x",), options={"rank": 2})
+    beside = Recipe(name="beside", edits=(rows, Edit(method="prodial", select=("ssm.in.dt",), options={"rank": 2})))
+    run = _adapter(base, beside, tmp_path / "beside")
+    config = ExportConfig(run=str(run), to="peft", out=str(tmp_path / "peft"), bake_extras=str(tmp_path / "baked"))
+    with pytest.raises(
+        ConfigError, match=r"in_proj\.weight: PEFT's DoRA holds a magnitude for every row.* ssm\.in\.dt of"
+    ):
+        export(config)
+    model = load_model(str(base))
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mamba.in_proj.weight")[-2:] = 0
+    model.save_pretrained(tmp_path / "zeros")
+    load_tokenizer(str(base)).save_pretrained(tmp_path / "zeros")
+    run = _adapter(tmp_path / "zeros", Recipe(name="rows", edits=(rows,)), tmp_path / "rows")
+    with pytest.raises(ConfigError, match=r"in_proj\.weight: 2 of its rows are zero with what was trained"):
+        export(ExportConfig(run=str(run), to="peft", out=str(tmp_path / "peft")))
+    assert not (tmp_path / "peft").exists() and not (tmp_path / "baked").exists()

@@ -61,11 +61,15 @@ def started_here(model: str, prompts: Sequence[Sequence[int]], *, dtype: str = "
     return found
 
 
+def stay_here(patch: pytest.MonkeyPatch) -> None:
+    """Short prompts of any vocabulary, no process for each export."""
+    patch.setattr("ssmtune.export.cache_start.plain_started", started_here)
+    patch.setattr("ssmtune.export.hf.prompt_tokens", lambda model: [[5, 9, 4, 17, 6], [8, 3]])
+
+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short prompts of any vocabulary, no process for each export."""
-    monkeypatch.setattr("ssmtune.export.cache_start.plain_started", started_here)
-    monkeypatch.setattr("ssmtune.export.hf.prompt_tokens", lambda model: [[5, 9, 4, 17, 6], [8, 3]])
+    stay_here(monkeypatch)
 
 
 def adapter(case: Case, recipe: str | Recipe, directory: Path) -> ExportConfig:
@@ -110,7 +114,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
     """Each case exported, and what one process that cannot import ssmtune makes of two rows of tokens, by id."""
     root = tmp_path_factory.mktemp("start")
     with pytest.MonkeyPatch.context() as patch:
-        in_process.__wrapped__(patch)  # type: ignore[attr-defined]
+        stay_here(patch)
         for name, (case, recipe) in zip(IDS, EVERY, strict=True):
             (root / name).mkdir()
             record = export(adapter(case, recipe, root / name))
@@ -276,4 +280,14 @@ def test_a_start_beside_an_additional_scan_is_refused(tmp_path: Path) -> None:
 def test_a_cache_of_another_kind_is_refused(tmp_path: Path, in_process: None) -> None:
     with pytest.raises(AttachError, match="xlstm model keeps its states in a cache of its own kind"):
         export(adapter(("xlstm", "dense"), "initial-state", tmp_path))
+    assert not (tmp_path / "hf").exists()
+
+
+def test_steps_that_transformers_computes_otherwise_are_seen(tmp_path: Path, in_process: None) -> None:
+    """A floor of dt that its scan keeps and its single step does not: right for prompts, and not for what is generated."""
+    with pytest.raises(
+        CheckFailed,
+        match=r"one call: logits of the prompt differ by \S+e-0\S+ of the largest, of gen\S+ tokens by 0\.0",
+    ):
+        export(adapter(("zamba2", "odd"), "initial-state", tmp_path))
     assert not (tmp_path / "hf").exists()
