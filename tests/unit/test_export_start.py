@@ -167,14 +167,24 @@ def test_padding_is_refused_by_the_loader(fresh: dict[str, tuple[Path, dict[str,
     assert largest_difference(found[:1, 2:], expected) > 100 * LIMIT
 
 
-def test_beams_share_the_start(fresh: dict[str, tuple[Path, dict[str, torch.Tensor]]]) -> None:
-    """One beam more than greedy search, from rows of the cache of their own."""
-    directory = fresh["mamba-biases-initial-state"][0] / "hf"
-    model = AutoModelForCausalLM.from_pretrained(directory).eval()
-    start = runpy.run_path(str(directory / "load_start.py"))["start"]
-    tokens = torch.tensor([[5, 9, 4], [3, 8, 4]])
-    output = model.generate(**start(model, tokens, num_beams=2), num_beams=2, max_new_tokens=2, do_sample=False)
-    assert output.shape[0] == 2
+@pytest.mark.parametrize("name", ["mamba-biases-initial-state", "granite_hybrid-dense-affix"])
+def test_beams_start_as_the_adapted_models_do(
+    fresh: dict[str, tuple[Path, dict[str, torch.Tensor]]], name: str
+) -> None:
+    """Each has a row of the cache, also where the loader reads the prompt itself."""
+    directory = fresh[name][0]
+    model = AutoModelForCausalLM.from_pretrained(directory / "hf").eval()
+    adapted = load(load_model(str(directory / "base")), directory / "adapter")
+    start = runpy.run_path(str(directory / "hf" / "load_start.py"))["start"]
+    tokens = tiny_tokens(EVERY[IDS.index(name)][0], 4, 3)
+    options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    for each in (model, adapted.get_base_model()):
+        each.generation_config.eos_token_id = None
+    expected = adapted.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options)[:, 3:]
+    found = model.generate(**start(model, tokens, num_beams=3), **options)[:, -3:]
+    assert torch.equal(found, expected)
+    alone = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options)[:, 3:]
+    assert not torch.equal(alone, expected)
 
 
 def _damaged(change: Any) -> Any:
