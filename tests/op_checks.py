@@ -79,6 +79,15 @@ def check_recurrence(op: Operation, tensors: Tensors, *, fp32_limit: float = OP_
         assert max(found.values()) <= limit, (dtype, found)
 
 
+def check_kernels(op: Operation, tensors: Tensors, *, limit: float = OP_FP32, **options: Any) -> None:
+    """The function in fp32 within `limit` of its recurrence in fp64, on inputs that fp32 holds exactly."""
+    options = {**op.options, **options}
+    exact = {name: value.float().double() for name, value in tensors.items()}
+    truth = run_with_gradients(op.recurrence, exact, torch.float64, **options)
+    found = errors(run_with_gradients(op.function, exact, torch.float32, **options), truth)
+    assert max(found.values()) <= limit, found
+
+
 def documents(num_steps: int, *starts: int) -> torch.Tensor:
     """Document numbers [2, T]: new ones at `starts` in the first row, one step later in the second."""
     steps = torch.arange(num_steps)

@@ -115,6 +115,15 @@ def test_padding_does_not_come_between_window_and_inputs(num_steps: int, side: s
     assert float(gradients[1].abs().min()) > 0 and relative_rms(*gradients) <= OP_FP64
 
 
+def test_a_short_mask_leaves_the_window_before_the_first_step() -> None:
+    """Steps in front of a mask are real, so that padding behind them does not push the window back."""
+    tensors, short = inputs(9), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    whole = torch.cat([torch.ones_like(short[:, :3]), short], dim=1)
+    found = causal_conv1d(**tensors, padding_mask=short)
+    assert torch.equal(found, causal_conv1d(**tensors, padding_mask=whole))
+    assert torch.equal(found[..., :2], causal_conv1d(**tensors)[..., :2])
+
+
 @pytest.mark.parametrize("cut", [1, 2, 30])
 def test_two_calls_are_one(cut: int) -> None:
     op_checks.check_two_calls(CONV, inputs(67), cut)

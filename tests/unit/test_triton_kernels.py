@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -157,24 +158,42 @@ def test_a_wrong_decay_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("layout", ["strided", "dense"])
+@pytest.mark.parametrize("window", [False, True], ids=["from-zero", "from-window"])
 @pytest.mark.parametrize(("packed", "padded", "bias"), [(False, False, True), (True, True, True), (True, False, False)])
-def test_convolution_is_the_reference(layout: str, packed: bool, padded: bool, bias: bool) -> None:
+def test_convolution_is_the_reference(layout: str, packed: bool, padded: bool, bias: bool, window: bool) -> None:
+    """The second row's first document is two steps long: shorter than the window, which may not reach into the next."""
     batch, steps, channels = 2, 37, 21
     g = torch.Generator().manual_seed(0)
     tensors = {"x": normal(g, batch, steps, channels + 8), "weight": normal(g, channels, 4)}
     tensors |= {"bias": normal(g, channels)} if bias else {}
+    tensors |= {"initial_state_BCK": normal(g, batch, channels, 3)} if window else {}
     options: dict[str, Any] = {"seq_idx": documents(batch, steps)} if packed else {}
     options |= {"padding_mask": padding(batch, steps - 2)} if padded else {}
 
     def run(x: Any, weight: Any, bias: Any = None, *, which: Any = "triton", **options: Any) -> Any:
         view = x[..., 3:-5].transpose(1, 2)
         view = view if layout == "strided" else view.contiguous()
-        return causal_conv1d(view, weight, bias, "silu", backend=which, **options)
+        return causal_conv1d(view, weight, bias, None if window and packed else "silu", backend=which, **options)
 
     def truth(**arguments: Any) -> Any:
         return run(**arguments, which="reference")
 
     found = errors(run, truth, tensors, torch.float32, **options)
+    assert max(found.values()) <= OP_FP32, found
+
+
+@pytest.mark.parametrize(("steps", "taps", "num_padded"), [(1, 4, 0), (2, 8, 1), (5, 3, 5), (3, 1, 0)])
+def test_a_window_longer_than_the_sequence(steps: int, taps: int, num_padded: int) -> None:
+    """Fewer steps than taps, a row of padding alone, and one tap, which reads no window."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {"x_BCT": normal(g, 2, 5, steps), "weight_CK": normal(g, 5, taps)}
+    tensors["initial_state_BCK"] = normal(g, 1, 5, taps - 1).expand(2, -1, -1)
+    mask = torch.ones(2, steps)
+    mask[0, :num_padded] = 0
+    options: dict[str, Any] = {"activation": "silu", "padding_mask": mask if num_padded else None}
+    found = errors(
+        partial(causal_conv1d, backend="triton"), partial(causal_conv1d, backend="reference"), tensors, torch.float32, **options
+    )
     assert max(found.values()) <= OP_FP32, found
 
 
@@ -231,5 +250,5 @@ def test_a_backend_asked_for_by_name_runs_or_raises() -> None:
     tensors = scan_inputs(1, 3, 3, 1, 5, initial=False)
     with pytest.raises(ConfigError, match="float64"):
         mamba2_chunk_scan(**tensors, backend="triton")
-    with pytest.raises(ConfigError, match="initial state"):
-        causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(2, 4), initial_state_BCK=torch.zeros(1, 2, 3), backend="triton")
+    with pytest.raises(ConfigError, match="holds 2 inputs; a convolution of 4 taps needs 3"):
+        causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(2, 4), initial_state_BCK=torch.zeros(1, 2, 2), backend="triton")

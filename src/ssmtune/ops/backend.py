@@ -19,7 +19,15 @@ Name = Literal["reference", "triton"]
 SWITCH = "SSMTUNE_OPS"
 """Environment variable: "reference" keeps every operation on plain PyTorch, to compare or to rule kernels out."""
 
-OPERATIONS = ("causal_conv1d", "gated_rms_norm", "mamba2_chunk_scan")
+OPERATIONS = (
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "gated_rms_norm",
+    "mamba1_selective_scan",
+    "mamba1_state_update",
+    "mamba2_chunk_scan",
+    "selective_state_update",
+)
 """Operations that have kernels."""
 
 FIRST_VERSION = (3, 4)
@@ -56,6 +64,13 @@ def choose(operation: str, tensor: torch.Tensor, backend: Backend = "auto", refu
     if tensor.is_cuda:
         _warn_once(operation, problem)
     return Choice("reference", problem)
+
+
+def gradient_refusal(*tensors: torch.Tensor | None) -> str | None:
+    """Why the kernel of a decoding step, which has no backward pass, cannot serve a call with these tensors, or None."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return "gradients are asked for; the kernel of a single step has none"
+    return None
 
 
 def backends(device: str) -> dict[str, Choice]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ssmtune.ops.backend import Backend, choose
+from ssmtune.ops.backend import Backend, choose, gradient_refusal
 from ssmtune.ops.causal_conv1d import reference
-from ssmtune.ops.causal_conv1d.reference import causal_conv1d_update
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
 
@@ -33,12 +32,12 @@ def causal_conv1d(
     `backend`: `ops.backend` chooses. Raises `ConfigError` for an activation other than None, "silu" or "swish", for a
     state that is not K-1 long, and when "triton" is asked for and cannot run.
     """
-    refusal = _refusal(x_BCT, weight_CK, activation, initial_state_BCK)
-    if choose("causal_conv1d", x_BCT, backend, refusal).name == "triton":
+    run = reference.causal_conv1d
+    if choose("causal_conv1d", x_BCT, backend, _refusal(x_BCT, weight_CK, activation)).name == "triton":
         from ssmtune.ops.causal_conv1d import triton
 
-        return triton.causal_conv1d(x_BCT, weight_CK, bias_C, activation, seq_idx=seq_idx, padding_mask=padding_mask)
-    return reference.causal_conv1d(
+        run = triton.causal_conv1d
+    return run(
         x_BCT,
         weight_CK,
         bias_C,
@@ -49,14 +48,36 @@ def causal_conv1d(
     )
 
 
-def _refusal(
-    x_BCT: torch.Tensor, weight_CK: torch.Tensor, activation: str | None, initial_state_BCK: torch.Tensor | None
-) -> str | None:
+def causal_conv1d_update(
+    x_BCT: torch.Tensor,
+    conv_state_BCK: torch.Tensor,
+    weight_CK: torch.Tensor,
+    bias_C: torch.Tensor | None = None,
+    activation: str | None = None,
+    *,
+    backend: Backend = "auto",
+) -> torch.Tensor:
+    """Return the convolution of the new steps `x_BCT`, [B, C, T], and shift them into `conv_state_BCK` in place.
+
+    The state holds the last inputs before the activation; its length may be K or K-1.
+    `backend`: `ops.backend` chooses; the kernel takes one step and gives no gradients. Raises `ConfigError` as
+    `causal_conv1d` does.
+    """
+    run = reference.causal_conv1d_update
+    refusal = _refusal(x_BCT, weight_CK, activation) or gradient_refusal(x_BCT, conv_state_BCK, weight_CK, bias_C)
+    if refusal is None and x_BCT.shape[-1] != 1:
+        refusal = f"{x_BCT.shape[-1]} steps at once; the kernel takes one"
+    if choose("causal_conv1d_update", x_BCT, backend, refusal).name == "triton":
+        from ssmtune.ops.causal_conv1d import triton
+
+        run = triton.causal_conv1d_update
+    return run(x_BCT, conv_state_BCK, weight_CK, bias_C, activation)
+
+
+def _refusal(x_BCT: torch.Tensor, weight_CK: torch.Tensor, activation: str | None) -> str | None:
     """Why the kernels cannot serve these inputs, or None."""
     if x_BCT.dtype not in (torch.float32, torch.bfloat16):
         return f"inputs are {str(x_BCT.dtype).removeprefix('torch.')}; the kernels take fp32 and bf16"
-    if initial_state_BCK is not None:
-        return "an initial state is given"
     if activation not in (None, "silu", "swish"):
         return f"activation {activation!r}"
     if weight_CK.shape[-1] > 8:

@@ -38,11 +38,12 @@ def causal_conv1d(
     # Taps are added in fp32: bf16 would round between them.
     dtype = torch.promote_types(x_BCT.dtype, torch.float32)
     x = x_BCT.to(dtype)
+    mask = None
     if padding_mask is not None:
         mask = F.pad(padding_mask.to(dtype), (num_steps - padding_mask.shape[-1], 0), value=1.0)
         x = x * mask[:, None, :]
     if initial_state_BCK is not None:
-        x = _prepend(initial_state_BCK.to(dtype), x, num_taps, padding_mask)
+        x = _prepend(initial_state_BCK.to(dtype), x, num_taps, mask)
         num_steps = x.shape[-1]
         if seq_idx is not None:
             seq_idx = torch.cat([seq_idx[:, :1].expand(-1, num_taps - 1), seq_idx], dim=1)
@@ -62,19 +63,24 @@ def causal_conv1d(
 
 
 def _prepend(
-    state_BCK: torch.Tensor, x_BCT: torch.Tensor, num_taps: int, padding_mask: torch.Tensor | None
+    state_BCK: torch.Tensor, x_BCT: torch.Tensor, num_taps: int, mask_BT: torch.Tensor | None
 ) -> torch.Tensor:
     """[B, C, K-1+T]: `x_BCT`, zero at padding, with the state in the K-1 steps before its first real one."""
+    check_window(state_BCK, num_taps)
+    if mask_BT is None:
+        return torch.cat([state_BCK, x_BCT], dim=-1)
+    num_padded = (mask_BT.cumsum(dim=1) == 0).sum(dim=1)
+    steps = num_padded[:, None] + torch.arange(num_taps - 1, device=x_BCT.device)
+    return F.pad(x_BCT, (num_taps - 1, 0)).scatter_add(-1, steps[:, None].expand(state_BCK.shape), state_BCK)
+
+
+def check_window(state_BCK: torch.Tensor, num_taps: int) -> None:
+    """Raise `ConfigError` for an initial state of another length than the convolution reaches back."""
     if state_BCK.shape[-1] != num_taps - 1:
         raise ConfigError(
             f"causal_conv1d: the initial state holds {state_BCK.shape[-1]} inputs; "
             f"a convolution of {num_taps} taps needs {num_taps - 1}. Pass the last {num_taps - 1} inputs."
         )
-    if padding_mask is None:
-        return torch.cat([state_BCK, x_BCT], dim=-1)
-    num_padded = (padding_mask.cumsum(dim=1) == 0).sum(dim=1)
-    steps = num_padded[:, None] + torch.arange(num_taps - 1, device=x_BCT.device)
-    return F.pad(x_BCT, (num_taps - 1, 0)).scatter_add(-1, steps[:, None].expand(state_BCK.shape), state_BCK)
 
 
 @outside_autocast

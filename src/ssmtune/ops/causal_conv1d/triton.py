@@ -2,6 +2,7 @@
 
 Reads any strides (a slice of in_proj's output stays where it is) and writes the input's layout.
 The backward pass computes the pre-activations again from the inputs; nothing else is kept.
+A step for decoding is one kernel, which also shifts the window.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch.autograd.function import once_differentiable
 
-from ssmtune.ops.causal_conv1d.kernels import backward_kernel, forward_kernel
+from ssmtune.ops.causal_conv1d.kernels import backward_kernel, forward_kernel, window_back_kernel
+from ssmtune.ops.causal_conv1d.reference import check_window
+from ssmtune.ops.causal_conv1d.step_kernel import step_kernel
 
 
 def causal_conv1d(
@@ -20,18 +24,39 @@ def causal_conv1d(
     bias_C: torch.Tensor | None = None,
     activation: str | None = None,
     *,
+    initial_state_BCK: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
     padding_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The reference's function with the reference's arguments, without an initial state; fp32 and bf16."""
+    """The reference's function with the reference's arguments; fp32 and bf16."""
+    if initial_state_BCK is not None:
+        check_window(initial_state_BCK, weight_CK.shape[-1])
     seq = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
     mask = None
     if padding_mask is not None:
         batch, _, steps = x_BCT.shape
         mask = torch.ones(batch, steps, dtype=torch.int8, device=x_BCT.device)
         mask[:, steps - padding_mask.shape[-1] :] = padding_mask
-    silu = activation is not None
-    y: torch.Tensor = _Convolution.apply(x_BCT, weight_CK, bias_C, silu, seq, mask)  # type: ignore[no-untyped-call]
+    silu, window = activation is not None, initial_state_BCK
+    y: torch.Tensor = _Convolution.apply(x_BCT, weight_CK, bias_C, window, silu, seq, mask)  # type: ignore[no-untyped-call]
+    return y
+
+
+def causal_conv1d_update(
+    x_BCT: torch.Tensor,
+    conv_state_BCK: torch.Tensor,
+    weight_CK: torch.Tensor,
+    bias_C: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """The reference's function with the reference's arguments, for one new step; no gradients."""
+    batch, channels, _ = x_BCT.shape
+    y = torch.empty(batch, channels, 1, dtype=x_BCT.dtype, device=x_BCT.device)
+    step_kernel[(-(-channels // 256), batch)](
+        x_BCT, conv_state_BCK, weight_CK, bias_C, y, channels, *x_BCT.stride()[:2], *conv_state_BCK.stride(),
+        *weight_CK.stride(), K=weight_CK.shape[-1], LENGTH=conv_state_BCK.shape[-1], SILU=activation is not None,
+        HAS_BIAS=bias_C is not None, BLOCK_C=256, num_warps=4,
+    )  # fmt: skip
     return y
 
 
@@ -51,40 +76,65 @@ def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(batch, channels, steps, dtype=dtype, device=x.device)
 
 
+def _window(window: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[Any, Any, tuple[int, ...]]:
+    """The initial window, the steps of padding in front of each row's first real one [B], and the window's strides."""
+    if window is None or window.shape[-1] == 0:
+        return None, None, (0, 0, 0)
+    if mask is None:
+        return window, torch.zeros(window.shape[0], dtype=torch.int32, device=window.device), window.stride()
+    return window, (mask.cumsum(1) == 0).sum(1, dtype=torch.int32), window.stride()
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, silu: bool, seq: Any, mask: Any) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, bias, seq, mask)
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, window: Any, silu: bool, seq: Any, mask: Any) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, bias, window, seq, mask)
         ctx.silu = silu
         y = _like(x, x.dtype)
         grid, blocks = _launch(x)
+        filled, padded, strides = _window(window, mask)
         forward_kernel[grid](
-            x, weight, bias, seq, mask, y, x.shape[-1], x.shape[1], *x.stride(), *y.stride(), *weight.stride(),
-            K=weight.shape[-1], SILU=silu, HAS_BIAS=bias is not None, HAS_SEQ=seq is not None,
-            HAS_MASK=mask is not None, **blocks,
+            x, weight, bias, filled, seq, mask, padded, y, x.shape[-1], x.shape[1], *x.stride(), *y.stride(),
+            *weight.stride(), *strides, K=weight.shape[-1], SILU=silu, HAS_BIAS=bias is not None,
+            HAS_WINDOW=filled is not None, HAS_SEQ=seq is not None, HAS_MASK=mask is not None, **blocks,
         )  # fmt: skip
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        x, weight, bias, seq, mask = ctx.saved_tensors
+        x, weight, bias, window, seq, mask = ctx.saved_tensors
         grid, blocks = _launch(x)
         batch, channels, steps = x.shape
-        trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        taps, trains = weight.shape[-1], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        filled, padded, strides = _window(window, mask)
+        inputs = (x, weight, bias, filled, seq, mask, padded, dy)
+        options = {
+            "K": taps, "SILU": ctx.silu, "HAS_BIAS": bias is not None, "HAS_SEQ": seq is not None,
+            "HAS_MASK": mask is not None,
+        }  # fmt: skip
         dx = _like(x, x.dtype)
         sums = (batch, grid[0], channels) if trains else (0,)
-        dweight = torch.empty(*sums, weight.shape[-1], dtype=torch.float32, device=x.device)
+        dweight = torch.empty(*sums, taps, dtype=torch.float32, device=x.device)
         dbias = torch.empty(sums, dtype=torch.float32, device=x.device)
         backward_kernel[grid](
-            x, weight, bias, seq, mask, dy, dx, dweight, dbias, steps, channels, *x.stride(), *dy.stride(),
-            *dx.stride(), *weight.stride(), K=weight.shape[-1], SILU=ctx.silu, HAS_BIAS=bias is not None,
-            HAS_SEQ=seq is not None, HAS_MASK=mask is not None, TRAINS=trains, **blocks,
+            *inputs, dx, dweight, dbias, steps, channels, *x.stride(), *dy.stride(), *dx.stride(), *weight.stride(),
+            *strides, HAS_WINDOW=filled is not None, TRAINS=trains, **options, **blocks,
         )  # fmt: skip
+        dweight, dwindow = dweight.sum((0, 1)), None if window is None else torch.empty_like(window)
+        if filled is not None:
+            dwindow = torch.empty(window.shape, dtype=window.dtype, device=x.device)
+            added = torch.empty(batch, channels, taps, dtype=torch.float32, device=x.device)
+            window_back_kernel[(-(-channels // 32), batch)](
+                *inputs, dwindow, added, steps, channels, *x.stride(), *dy.stride(), *weight.stride(), *strides,
+                BLOCK_T=triton.next_power_of_2(2 * taps - 2), BLOCK_C=32, num_warps=1, **options,
+            )  # fmt: skip
+            dweight += added.sum(0)
         return (
             dx,
-            dweight.sum((0, 1)).to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
             dbias.sum((0, 1)).to(bias.dtype) if ctx.needs_input_grad[2] else None,
+            dwindow,
             None,
             None,
             None,

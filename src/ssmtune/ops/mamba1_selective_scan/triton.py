@@ -91,7 +91,7 @@ class _Inputs:
     def blocks(self, elements: int) -> dict[str, Any]:
         """Block sizes of a tile of the state with about so many elements, for one warp."""
         block_n = int(triton.next_power_of_2(self.A.shape[1]))
-        return {"BLOCK_D": min(128, max(16, elements // block_n)), "BLOCK_N": block_n, "num_warps": 1}
+        return {"BLOCK_D": min(128, max(8, elements // block_n)), "BLOCK_N": block_n, "num_warps": 1}
 
     @property
     def switches(self) -> dict[str, Any]:
