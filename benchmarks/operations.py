@@ -1,6 +1,7 @@
 """Parity, then speed, of the kernels on this GPU: python benchmarks/operations.py --out records/bench/NAME.json
 
-Truth is the reference in fp64. An operation whose parity fails gets no timing.
+Truth is the reference in fp64. If the parity of an operation fails, nothing gets a timing.
+`--only scan conv norm mamba1 steps` takes some of them.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ssmtune.ops.causal_conv1d import causal_conv1d
+from ssmtune.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from ssmtune.ops.gated_rms_norm import gated_rms_norm
+from ssmtune.ops.mamba1_selective_scan import mamba1_selective_scan, mamba1_state_update
 from ssmtune.ops.mamba2_chunk_scan import mamba2_chunk_scan
+from ssmtune.ops.selective_state_update import selective_state_update
 from ssmtune.records import new_record, write_json
 
 Tensors = dict[str, torch.Tensor]
@@ -77,7 +81,10 @@ def scan_case(
     return tensors
 
 
-FP32_ALWAYS = ("A_H", "D_H", "dt_bias_H", "initial_states_BHPN")
+FP32_ALWAYS = (
+    *("A_H", "D_H", "dt_bias_H", "initial_states_BHPN", "state_BHPN"),
+    *("A_DN", "D_D", "dt_bias_D", "initial_state_BDN", "state_BDN"),
+)
 """Small parameters and states are fp32 in training, whatever the activations are."""
 
 
@@ -90,10 +97,12 @@ def errors(run: Callable[..., Any], tensors: Tensors, dtype: torch.dtype, **opti
         leaves = {n: (v.double() if exact else v.clone()).requires_grad_() for n, v in rounded.items()}
         outputs = run(**leaves, backend=backend, **options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        named = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+        if not outputs[0].requires_grad:
+            return named
         g = torch.Generator(device="cuda").manual_seed(99)
         upstream = [normal(g, *o.shape).to(dtype).to(o.dtype) for o in outputs]
         gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
-        named = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
         return named | {f"grad {n}": v for n, v in zip(leaves, gradients, strict=True)}
 
     truth = outputs_and_gradients("reference", True)
@@ -129,14 +138,15 @@ def scan_parity(dtype: torch.dtype, size: tuple[int, ...]) -> dict[str, Any]:
 
 
 def conv_parity(dtype: torch.dtype, steps: int) -> dict[str, Any]:
-    """Worst error of the convolution at one length, on a strided slice, packed and padded."""
+    """Worst error of the convolution at one length, on a strided slice, packed, padded, and from a window."""
     cases = []
-    for packed, padded in product((False, True), (False, True)):
+    for packed, padded, window in product((False, True), repeat=3):
         g = torch.Generator(device="cuda").manual_seed(steps)
         tensors = {"x": normal(g, 2, steps, 108), "weight": normal(g, 100, 4), "bias": normal(g, 100)}
+        tensors |= {"initial_state_BCK": normal(g, 2, 100, 3)} if window else {}
         options: dict[str, Any] = {"seq_idx": documents(2, steps)} if packed else {}
         options |= {"padding_mask": left_padding(2, steps)} if padded else {}
-        cases.append((f"T={steps} packed={packed} padded={padded}", tensors, options))
+        cases.append((f"T={steps} packed={packed} padded={padded} window={window}", tensors, options))
     return worst_error(conv_run, dtype, cases)
 
 
@@ -154,6 +164,98 @@ def norm_run(wide: torch.Tensor, weight: torch.Tensor, *, gated: bool, **options
     width = weight.shape[0]
     gate = wide[..., width : 2 * width] if gated else None
     return gated_rms_norm(wide[..., :width], weight, gate, eps=1e-5, **options)
+
+
+MAMBA1_SIZES = ((2, 1, 9, 5), (2, 63, 40, 16), (1, 500, 2100, 16), (2, 1000, 96, 24))
+"""Batch, steps, channels, state of the cases of Mamba-1's scan; 2,100 channels are several blocks in a program."""
+
+
+def mamba1_case(batch: int, steps: int, channels: int, state: int, *, initial: bool = False) -> Tensors:
+    """Inputs of Mamba-1's scan, decays from almost none to almost all of the state."""
+    g = torch.Generator(device="cuda").manual_seed(steps)
+    rates = torch.linspace(-3, 3, channels * state, dtype=torch.float64, device="cuda")
+    tensors = {
+        "xz": normal(g, batch, steps, 2 * channels + 3),
+        "dt_BDT": normal(g, batch, channels, steps),
+        "A_DN": -torch.exp(rates).view(channels, state),
+        "BC": normal(g, batch, steps, 2 * state + 7),
+        "D_D": normal(g, channels),
+        "dt_bias_D": normal(g, channels) - 2.0,
+    }
+    return tensors | ({"initial_state_BDN": normal(g, batch, channels, state)} if initial else {})
+
+
+def mamba1_views(xz: torch.Tensor, BC: torch.Tensor, channels: int, state: int) -> Tensors:
+    """x, z, B and C as models pass them: transposed slices of wider tensors."""
+    return {
+        "x_BDT": xz[..., :channels].transpose(1, 2),
+        "z_BDT": xz[..., channels : 2 * channels].transpose(1, 2),
+        "B_BNT": BC[..., 7 : 7 + state].transpose(1, 2),
+        "C_BNT": BC[..., 7 + state : 7 + 2 * state].transpose(1, 2),
+    }
+
+
+def mamba1_run(xz: torch.Tensor, BC: torch.Tensor, A_DN: torch.Tensor, **rest: Any) -> Any:
+    """Mamba-1's scan on those views."""
+    return mamba1_selective_scan(A_DN=A_DN, **mamba1_views(xz, BC, *A_DN.shape), **rest)
+
+
+def mamba1_parity(dtype: torch.dtype, size: tuple[int, ...]) -> dict[str, Any]:
+    """Worst error of Mamba-1's scan at one size, over documents, padding and initial states."""
+    cases = []
+    for initial, packed, padded in SWITCHES:
+        options: dict[str, Any] = {"dt_softplus": True}
+        options |= {"seq_idx": documents(*size[:2])} if packed else {}
+        options |= {"padding_mask": left_padding(*size[:2])} if padded else {}
+        where = f"{size} initial={initial} packed={packed} padded={padded}"
+        cases.append((where, mamba1_case(*size, initial=initial), options))
+    return worst_error(mamba1_run, dtype, cases)
+
+
+def step_case(operation: str, batch: int, *, small: bool = False) -> Tensors:
+    """Inputs of a decoding step, by default at the size of a layer of Granite-4.0-H-Micro or Falcon-Mamba-7B."""
+    g = torch.Generator(device="cuda").manual_seed(batch)
+    if operation == "causal_conv1d_update":
+        channels = 100 if small else 4352
+        tensors = {"x_BCT": normal(g, batch, channels, 1), "conv_state_BCK": normal(g, batch, channels, 4)}
+        return tensors | {"weight_CK": normal(g, channels, 4), "bias_C": normal(g, channels)}
+    if operation == "mamba1_state_update":
+        channels, state = (100, 5) if small else (8192, 16)
+        names = ("x_BD", "dt_BD", "z_BD")
+        tensors = {"state_BDN": normal(g, batch, channels, state)} | {n: normal(g, batch, channels) for n in names}
+        tensors |= {"A_DN": -normal(g, channels, state).exp(), "D_D": normal(g, channels)}
+        tensors |= {name: normal(g, batch, state) for name in ("B_BN", "C_BN")}
+        return tensors | {"dt_bias_D": normal(g, channels) - 2.0}
+    heads, width, groups, state = (6, 20, 2, 40) if small else (64, 64, 1, 128)
+    tensors = {"state_BHPN": normal(g, batch, heads, width, state), "x_BHP": normal(g, batch, heads, width)}
+    tensors |= {"dt_BH": normal(g, batch, heads), "A_H": -normal(g, heads).exp(), "D_H": normal(g, heads)}
+    tensors |= {name: normal(g, batch, groups, state) for name in ("B_BGN", "C_BGN")}
+    return tensors | {"dt_bias_H": normal(g, heads) - 2.0}
+
+
+STEPS: dict[str, tuple[Callable[..., torch.Tensor], str, dict[str, Any]]] = {
+    "causal_conv1d_update": (causal_conv1d_update, "conv_state_BCK", {"activation": "silu"}),
+    "mamba1_state_update": (mamba1_state_update, "state_BDN", {"dt_softplus": True}),
+    "selective_state_update": (selective_state_update, "state_BHPN", {"dt_softplus": True, "dt_limit": (0.01, 1.5)}),
+}
+"""Decoding steps: the function, its state's name, its options."""
+
+
+def step_run(*, operation: str, **tensors: Any) -> Any:
+    """A step's output and the state that it leaves behind."""
+    function, name, options = STEPS[operation]
+    with torch.no_grad():
+        state = tensors.pop(name).clone()
+        return function(**{name: state}, **tensors, **options), state
+
+
+def steps_parity(dtype: torch.dtype, operation: str) -> dict[str, Any]:
+    """Worst error of a decoding step, at a size that fills no block and at a model's."""
+    cases = [
+        (f"{operation} batch={batch} small={small}", step_case(operation, batch, small=small), {"operation": operation})
+        for batch, small in ((3, True), (2, False))
+    ]
+    return worst_error(step_run, dtype, cases)
 
 
 def worst_error(run: Callable[..., Any], dtype: torch.dtype, cases: list[tuple[str, Tensors, dict[str, Any]]]) -> Any:
@@ -176,18 +278,25 @@ def worst_error(run: Callable[..., Any], dtype: torch.dtype, cases: list[tuple[s
     return worst | {"allowed": ALLOWANCE[dtype], "ok": bool(worst["excess"] <= ALLOWANCE[dtype]), "cases": len(cases)}
 
 
-def parity() -> dict[str, Any]:
+JOBS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
+    "scan": (scan_parity, SIZES),
+    "conv": (conv_parity, (1, 63, 1000)),
+    "norm": (norm_parity, (48, 2048, 4096)),
+    "mamba1": (mamba1_parity, MAMBA1_SIZES),
+    "steps": (steps_parity, tuple(STEPS)),
+}
+"""What is compared, and at which sizes."""
+
+
+def parity(groups: list[str]) -> dict[str, Any]:
     """Worst errors by operation, dtype and size; each in a process of its own, so that kernels compile side by side."""
-    with ProcessPoolExecutor(max_workers=8, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max_workers=14, mp_context=get_context("spawn")) as pool:
         running = {}
-        for dtype in ALLOWANCE:
-            kind = str(dtype).removeprefix("torch.")
-            for size in SIZES:
-                running[f"scan/{kind}/{size}"] = pool.submit(scan_parity, dtype, size)
-            for steps in (1, 63, 1000):
-                running[f"conv/{kind}/{steps}"] = pool.submit(conv_parity, dtype, steps)
-            for width in (48, 2048, 4096):
-                running[f"norm/{kind}/{width}"] = pool.submit(norm_parity, dtype, width)
+        # What compiles longest comes first.
+        for group in sorted(groups, key=lambda name: name not in ("mamba1", "scan")):
+            compare, sizes = JOBS[group]
+            for dtype, size in product(ALLOWANCE, sizes):
+                running[f"{group}/{str(dtype).removeprefix('torch.')}/{size}"] = pool.submit(compare, dtype, size)
         results = {}
         for name, future in running.items():
             results[name] = future.result()
@@ -195,8 +304,46 @@ def parity() -> dict[str, Any]:
     return results
 
 
-def timings(repeats: int = 10) -> dict[str, Any]:
-    """Milliseconds of forward and forward + backward at Granite-4.0-H-Micro's layer, T = 8,192, bf16, kernels by name."""
+def step_timings() -> dict[str, Any]:
+    """Milliseconds of one decoding step of one sequence in bf16, launches included: many calls in a row, by wall clock."""
+    found: dict[str, Any] = {}
+    for operation, (function, _, options) in STEPS.items():
+        tensors = {
+            name: value.to(torch.float32 if name in FP32_ALWAYS else torch.bfloat16)
+            for name, value in step_case(operation, 1).items()
+        }
+        found[operation] = {}
+        for backend in ("triton", "reference"):
+            seconds = []
+            with torch.no_grad():
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                for _ in range(5):
+                    torch.cuda.synchronize()
+                    start = perf_counter()
+                    for _ in range(200):
+                        function(**tensors, **options, backend=backend)
+                    torch.cuda.synchronize()
+                    seconds.append((perf_counter() - start) / 200)
+                memory = torch.cuda.max_memory_allocated() - before
+            entry = {"forward_ms": 1000 * sorted(seconds)[2], "both_ms": None, "memory_bytes": memory}
+            found[operation][backend] = entry
+            print(operation, backend, entry, flush=True)
+    return found
+
+
+def mamba1_inputs(steps: int) -> Tensors:
+    """A layer of Falcon-Mamba-7B in bf16: 8,192 channels of 16 states, parameters in fp32."""
+    tensors = mamba1_case(1, steps, 8192, 16)
+    held = {n: v.to(torch.float32 if n in FP32_ALWAYS else torch.bfloat16) for n, v in tensors.items()}
+    return mamba1_views(held.pop("xz"), held.pop("BC"), 8192, 16) | held
+
+
+def timings(groups: list[str], repeats: int = 10) -> dict[str, Any]:
+    """Milliseconds of forward and forward + backward in bf16, kernels by name.
+
+    A layer of Granite-4.0-H-Micro at 8,192 steps; for Mamba-1 one of Falcon-Mamba-7B, at 2,048 steps as well.
+    """
     from triton.testing import do_bench
 
     tensors = scan_case(1, 8192, 64, 64, 1, 128)
@@ -212,20 +359,29 @@ def timings(repeats: int = 10) -> dict[str, Any]:
         "gate": wide[..., :4096],
         "weight_D": torch.randn(4096, device="cuda", dtype=torch.bfloat16),
     }
-    trained: dict[str, tuple[str, ...]] = {
-        "mamba2_chunk_scan": tuple(scan_inputs),
-        "causal_conv1d": ("x_BCT",),
-        "gated_rms_norm": ("x", "gate"),
-    }
+    mamba1 = {steps: mamba1_inputs(steps) for steps in (8192, 2048) if "mamba1" in groups}
     found: dict[str, Any] = {}
-    for name, run, inputs, options in (
-        ("mamba2_chunk_scan", mamba2_chunk_scan, scan_inputs, {"dt_softplus": True}),
-        ("causal_conv1d", causal_conv1d, conv_inputs, {"activation": "silu"}),
-        ("gated_rms_norm", gated_rms_norm, norm_inputs, {"eps": 1e-5}),
+    for group, name, run, inputs, trained, options in (
+        ("scan", "mamba2_chunk_scan", mamba2_chunk_scan, scan_inputs, tuple(scan_inputs), {"dt_softplus": True}),
+        ("conv", "causal_conv1d", causal_conv1d, conv_inputs, ("x_BCT",), {"activation": "silu"}),
+        ("norm", "gated_rms_norm", gated_rms_norm, norm_inputs, ("x", "gate"), {"eps": 1e-5}),
+        *(
+            (
+                "mamba1",
+                f"mamba1_selective_scan, {steps:,} steps",
+                mamba1_selective_scan,
+                i,
+                tuple(i),
+                {"dt_softplus": True},
+            )
+            for steps, i in mamba1.items()
+        ),
     ):
+        if group not in groups:
+            continue
         found[name] = {}
         for backend in ("triton", "reference"):
-            leaves = {n: v.detach().requires_grad_(n in trained[name]) for n, v in inputs.items()}
+            leaves = {n: v.detach().requires_grad_(n in trained) for n, v in inputs.items()}
 
             def forward(
                 leaves: Tensors = leaves, backend: str = backend, run: Any = run, options: Any = options
@@ -236,9 +392,9 @@ def timings(repeats: int = 10) -> dict[str, Any]:
             upstream = torch.randn_like(forward())
 
             def both(
-                forward: Any = forward, upstream: Any = upstream, leaves: Tensors = leaves, name: str = name
+                forward: Any = forward, upstream: Any = upstream, leaves: Tensors = leaves, trained: Any = trained
             ) -> None:
-                torch.autograd.grad(forward(), [leaves[n] for n in trained[name]], upstream)
+                torch.autograd.grad(forward(), [leaves[n] for n in trained], upstream)
 
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -267,11 +423,16 @@ def main() -> int:
     """Run parity, then speed, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=tuple(JOBS), default=list(JOBS))
     arguments = parser.parse_args()
-    results = parity()
+    results = parity(arguments.only)
     ok = all(entry["ok"] for entry in results.values())
-    record = new_record("benchmark", config={"benchmark": "operations"}, status="done" if ok else "failed")
-    record |= {"parity": results, "timings": timings() if ok else None}
+    record = new_record(
+        "benchmark", config={"benchmark": "operations", "only": arguments.only}, status="done" if ok else "failed"
+    )
+    record |= {"parity": results, "timings": None}
+    if ok:
+        record["timings"] = timings(arguments.only) | (step_timings() if "steps" in arguments.only else {})
     write_json(arguments.out, record)
     return 0 if ok else 1
 

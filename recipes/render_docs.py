@@ -256,7 +256,7 @@ def bench_operations() -> str:
     for record in operation_records():
         for operation, sides in record["timings"].items():
             for backend, entry in sides.items():
-                both = f"{entry['both_ms']:.2f} ms"
+                both = "" if entry["both_ms"] is None else f"{entry['both_ms']:.2f} ms"
                 memory = f"{entry['memory_bytes'] / 2**20:,.0f} MiB"
                 device = record["environment"]["device"]
                 rows.append([f"`{operation}`", backend, device, f"{entry['forward_ms']:.2f} ms", both, memory])

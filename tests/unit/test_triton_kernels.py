@@ -168,7 +168,8 @@ def test_convolution_is_the_reference(layout: str, packed: bool, padded: bool, b
     tensors |= {"bias": normal(g, channels)} if bias else {}
     tensors |= {"initial_state_BCK": normal(g, batch, channels, 3)} if window else {}
     options: dict[str, Any] = {"seq_idx": documents(batch, steps)} if packed else {}
-    options |= {"padding_mask": padding(batch, steps - 2)} if padded else {}
+    # Without a window the mask is shorter than the row; with one, padding stands between the window's place and the row's.
+    options |= {"padding_mask": padding(batch, steps if window else steps - 2)} if padded else {}
 
     def run(x: Any, weight: Any, bias: Any = None, *, which: Any = "triton", **options: Any) -> Any:
         view = x[..., 3:-5].transpose(1, 2)
@@ -182,9 +183,9 @@ def test_convolution_is_the_reference(layout: str, packed: bool, padded: bool, b
     assert max(found.values()) <= OP_FP32, found
 
 
-@pytest.mark.parametrize(("steps", "taps", "num_padded"), [(1, 4, 0), (2, 8, 1), (5, 3, 5), (3, 1, 0)])
+@pytest.mark.parametrize(("steps", "taps", "num_padded"), [(1, 4, 0), (2, 8, 1), (5, 3, 5)])
 def test_a_window_longer_than_the_sequence(steps: int, taps: int, num_padded: int) -> None:
-    """Fewer steps than taps, a row of padding alone, and one tap, which reads no window."""
+    """Fewer steps than taps, and a row of padding alone."""
     g = torch.Generator().manual_seed(0)
     tensors = {"x_BCT": normal(g, 2, 5, steps), "weight_CK": normal(g, 5, taps)}
     tensors["initial_state_BCK"] = normal(g, 1, 5, taps - 1).expand(2, -1, -1)
@@ -192,7 +193,11 @@ def test_a_window_longer_than_the_sequence(steps: int, taps: int, num_padded: in
     mask[0, :num_padded] = 0
     options: dict[str, Any] = {"activation": "silu", "padding_mask": mask if num_padded else None}
     found = errors(
-        partial(causal_conv1d, backend="triton"), partial(causal_conv1d, backend="reference"), tensors, torch.float32, **options
+        partial(causal_conv1d, backend="triton"),
+        partial(causal_conv1d, backend="reference"),
+        tensors,
+        torch.float32,
+        **options,
     )
     assert max(found.values()) <= OP_FP32, found
 

@@ -1,29 +1,12 @@
-"""Triton kernels of the depthwise causal convolution over sequences.
-
-An initial window holds the K - 1 inputs before the first real step, which `padded` [B] steps of padding precede.
-"""
+"""Triton kernels of the depthwise causal convolution, without an initial window."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _from_window(window_ptr, seq_ptr, t, c, lag, num_steps, num_channels, num_padded, window_c, window_k,
-                 K: tl.constexpr, HAS_SEQ: tl.constexpr):  # fmt: skip
-    """What the initial window holds for t - lag, [T, C] fp32; it belongs to the first document."""
-    slot = t - lag - num_padded + K - 1
-    real = (slot >= 0) & (slot < K - 1) & (t >= 0) & (t < num_steps)
-    if HAS_SEQ:
-        here = tl.load(seq_ptr + t, mask=real, other=0)
-        real = real & (tl.load(seq_ptr + tl.maximum(t - lag, 0), mask=real, other=-1) == here)
-    inside = real[:, None] & (c < num_channels)[None, :]
-    at = slot[:, None] * window_k + c[None, :] * window_c
-    return tl.load(window_ptr + at, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _lagged(x_ptr, seq_ptr, mask_ptr, t, c, lag, num_steps, num_channels, x_c, x_t,
-            HAS_SEQ: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+def lagged(x_ptr, seq_ptr, mask_ptr, t, c, lag, num_steps, num_channels, x_c, x_t,
+           HAS_SEQ: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
     """x at t - lag, [T, C] fp32: zero before the sequence, in another document, and at padding."""
     from_t = t - lag
     real = (from_t >= 0) & (t >= 0) & (t < num_steps)
@@ -37,59 +20,36 @@ def _lagged(x_ptr, seq_ptr, mask_ptr, t, c, lag, num_steps, num_channels, x_c, x
 
 
 @triton.jit
-def _before_activation(x_ptr, weight_ptr, bias_ptr, window_ptr, seq_ptr, mask_ptr, t, c, num_steps, num_channels,
-                       num_padded, x_c, x_t, weight_c, weight_k, window_c, window_k, K: tl.constexpr,
-                       BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, HAS_BIAS: tl.constexpr,
-                       HAS_WINDOW: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+def before_activation(x_ptr, weight_ptr, bias_ptr, seq_ptr, mask_ptr, t, c, num_steps, num_channels, x_c, x_t,
+                      weight_c, weight_k, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+                      HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+    """conv(x) + bias at t, [T, C] fp32."""
     acc = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for lag in tl.static_range(K):
         tap = tl.load(weight_ptr + c * weight_c + (K - 1 - lag) * weight_k, mask=c < num_channels, other=0.0)
-        value = _lagged(x_ptr, seq_ptr, mask_ptr, t, c, lag, num_steps, num_channels, x_c, x_t, HAS_SEQ, HAS_MASK)
-        if HAS_WINDOW:
-            value += _from_window(window_ptr, seq_ptr, t, c, lag, num_steps, num_channels, num_padded, window_c,
-                                  window_k, K, HAS_SEQ)  # fmt: skip
-        acc += tap.to(tl.float32)[None, :] * value
+        acc += tap.to(tl.float32)[None, :] * lagged(
+            x_ptr, seq_ptr, mask_ptr, t, c, lag, num_steps, num_channels, x_c, x_t, HAS_SEQ, HAS_MASK
+        )
     if HAS_BIAS:
         acc += tl.load(bias_ptr + c, mask=c < num_channels, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
-@triton.jit
-def _output_gradient(x_ptr, weight_ptr, bias_ptr, window_ptr, seq_ptr, mask_ptr, dy_ptr, t, c, num_steps, num_channels,
-                     num_padded, x_c, x_t, dy_c, dy_t, weight_c, weight_k, window_c, window_k, K: tl.constexpr,
-                     SILU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, HAS_BIAS: tl.constexpr,
-                     HAS_WINDOW: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
-    """The gradient before the activation at t, [T, C] fp32, zero outside the sequence."""
-    inside = ((t >= 0) & (t < num_steps))[:, None] & (c < num_channels)[None, :]
-    grad = tl.load(dy_ptr + t[:, None].to(tl.int64) * dy_t + c[None, :] * dy_c, mask=inside, other=0.0).to(tl.float32)
-    if SILU:
-        z = _before_activation(x_ptr, weight_ptr, bias_ptr, window_ptr, seq_ptr, mask_ptr, t, c, num_steps,
-                               num_channels, num_padded, x_c, x_t, weight_c, weight_k, window_c, window_k, K, BLOCK_T,
-                               BLOCK_C, HAS_BIAS, HAS_WINDOW, HAS_SEQ, HAS_MASK)  # fmt: skip
-        gate = 1 / (1 + tl.exp(-z))
-        grad *= gate * (1 + z * (1 - gate))
-    return grad
-
-
 @triton.jit(do_not_specialize=["num_steps"])
-def forward_kernel(x_ptr, weight_ptr, bias_ptr, window_ptr, seq_ptr, mask_ptr, padded_ptr, y_ptr, num_steps,
-                   num_channels, x_b, x_c, x_t, y_b, y_c, y_t, weight_c, weight_k, window_b, window_c, window_k,
-                   K: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+def forward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, mask_ptr, y_ptr, num_steps, num_channels, x_b, x_c, x_t,
+                   y_b, y_c, y_t, weight_c, weight_k, K: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
                    HAS_SEQ: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr,
                    BLOCK_C: tl.constexpr):  # fmt: skip
     """Write act(conv(x) + bias). Grid (blocks of T, blocks of C, batch)."""
-    batch, num_padded = tl.program_id(2).to(tl.int64), 0
+    batch = tl.program_id(2).to(tl.int64)
     t, c = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     if HAS_SEQ:
         seq_ptr += batch * num_steps
     if HAS_MASK:
         mask_ptr += batch * num_steps
-    if HAS_WINDOW:
-        window_ptr += batch * window_b
-        num_padded = tl.load(padded_ptr + batch)
-    acc = _before_activation(x_ptr + batch * x_b, weight_ptr, bias_ptr, window_ptr, seq_ptr, mask_ptr, t, c, num_steps,
-                             num_channels, num_padded, x_c, x_t, weight_c, weight_k, window_c, window_k, K, BLOCK_T,
-                             BLOCK_C, HAS_BIAS, HAS_WINDOW, HAS_SEQ, HAS_MASK)  # fmt: skip
+    acc = before_activation(x_ptr + batch * x_b, weight_ptr, bias_ptr, seq_ptr, mask_ptr, t, c, num_steps,
+                            num_channels, x_c, x_t, weight_c, weight_k, K, BLOCK_T, BLOCK_C, HAS_BIAS, HAS_SEQ,
+                            HAS_MASK)  # fmt: skip
     if SILU:
         acc = acc / (1 + tl.exp(-acc))
     inside = (t < num_steps)[:, None] & (c < num_channels)[None, :]
@@ -97,35 +57,40 @@ def forward_kernel(x_ptr, weight_ptr, bias_ptr, window_ptr, seq_ptr, mask_ptr, p
 
 
 @triton.jit(do_not_specialize=["num_steps"])
-def backward_kernel(x_ptr, weight_ptr, bias_ptr, window_ptr, seq_ptr, mask_ptr, padded_ptr, dy_ptr, dx_ptr,
-                    dweight_ptr, dbias_ptr, num_steps, num_channels, x_b, x_c, x_t, dy_b, dy_c, dy_t, dx_b, dx_c, dx_t,
-                    weight_c, weight_k, window_b, window_c, window_k, K: tl.constexpr, SILU: tl.constexpr,
-                    HAS_BIAS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_MASK: tl.constexpr,
-                    TRAINS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+def backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, mask_ptr, padded_ptr, dy_ptr, dx_ptr, dweight_ptr,
+                    dbias_ptr, num_steps, num_channels, x_b, x_c, x_t, dy_b, dy_c, dy_t, dx_b, dx_c, dx_t, weight_c,
+                    weight_k, K: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
+                    HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, TRAINS: tl.constexpr, BLOCK_T: tl.constexpr,
+                    BLOCK_C: tl.constexpr):  # fmt: skip
     """Write dx, and with TRAINS dweight [B, blocks of T, C, K] and dbias [B, blocks of T, C]. Grid as forward.
 
-    What the window adds to dweight is left to `window_back_kernel`.
+    Outputs that read an initial window are left out: `window_kernels` has them.
     """
-    batch, num_padded = tl.program_id(2).to(tl.int64), 0
+    batch = tl.program_id(2).to(tl.int64)
     t, c = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     x_ptr += batch * x_b
     if HAS_SEQ:
         seq_ptr += batch * num_steps
     if HAS_MASK:
         mask_ptr += batch * num_steps
-    if HAS_WINDOW:
-        window_ptr += batch * window_b
-        num_padded = tl.load(padded_ptr + batch)
     channel = c < num_channels
     partial = (batch * tl.num_programs(0) + tl.program_id(0)) * num_channels + c
     acc = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for lag in tl.static_range(K):
         # An input reaches the output `lag` steps later, whose pre-activation is computed again here.
         later = t + lag
-        grad = _output_gradient(x_ptr, weight_ptr, bias_ptr, window_ptr, seq_ptr, mask_ptr, dy_ptr + batch * dy_b,
-                                later, c, num_steps, num_channels, num_padded, x_c, x_t, dy_c, dy_t, weight_c,
-                                weight_k, window_c, window_k, K, SILU, BLOCK_T, BLOCK_C, HAS_BIAS, HAS_WINDOW,
-                                HAS_SEQ, HAS_MASK)  # fmt: skip
+        inside = (later < num_steps)[:, None] & channel[None, :]
+        grad = tl.load(dy_ptr + batch * dy_b + later[:, None].to(tl.int64) * dy_t + c[None, :] * dy_c, mask=inside,
+                       other=0.0).to(tl.float32)  # fmt: skip
+        if SILU:
+            z = before_activation(x_ptr, weight_ptr, bias_ptr, seq_ptr, mask_ptr, later, c, num_steps, num_channels,
+                                  x_c, x_t, weight_c, weight_k, K, BLOCK_T, BLOCK_C, HAS_BIAS, HAS_SEQ,
+                                  HAS_MASK)  # fmt: skip
+            gate = 1 / (1 + tl.exp(-z))
+            grad *= gate * (1 + z * (1 - gate))
+        if HAS_WINDOW:
+            from_first_real = later - tl.load(padded_ptr + batch)
+            grad = tl.where(((from_first_real < 1 - K) | (from_first_real >= K - 1))[:, None], grad, 0.0)
         tap = tl.load(weight_ptr + c * weight_c + (K - 1 - lag) * weight_k, mask=channel, other=0.0).to(tl.float32)
         reaches = later < num_steps
         if HAS_SEQ:
@@ -136,46 +101,10 @@ def backward_kernel(x_ptr, weight_ptr, bias_ptr, window_ptr, seq_ptr, mask_ptr, 
             if lag == 0:
                 tl.store(dbias_ptr + partial, tl.sum(grad, axis=0), mask=channel)
             # The same products by output: this block's inputs with the outputs that they reach.
-            own = _lagged(x_ptr, seq_ptr, mask_ptr, t, c, 0, num_steps, num_channels, x_c, x_t, HAS_SEQ, HAS_MASK)
+            own = lagged(x_ptr, seq_ptr, mask_ptr, t, c, 0, num_steps, num_channels, x_c, x_t, HAS_SEQ, HAS_MASK)
             share = tl.sum(tl.where(reaches[:, None], grad * own, 0.0), axis=0)
             tl.store(dweight_ptr + partial * K + (K - 1 - lag), share, mask=channel)
     if HAS_MASK:
         acc = tl.where((tl.load(mask_ptr + t, mask=t < num_steps, other=0) != 0)[:, None], acc, 0.0)
     inside = (t < num_steps)[:, None] & channel[None, :]
     tl.store(dx_ptr + batch * dx_b + t[:, None].to(tl.int64) * dx_t + c[None, :] * dx_c, acc, mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_steps"])
-def window_back_kernel(x_ptr, weight_ptr, bias_ptr, window_ptr, seq_ptr, mask_ptr, padded_ptr, dy_ptr, dwindow_ptr,
-                       dweight_ptr, num_steps, num_channels, x_b, x_c, x_t, dy_b, dy_c, dy_t, weight_c, weight_k,
-                       window_b, window_c, window_k, K: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
-                       HAS_SEQ: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr,
-                       BLOCK_C: tl.constexpr):  # fmt: skip
-    """Write the window's gradient [B, C, K - 1] and what it adds to dweight [B, C, K]. Grid (blocks of C, batch)."""
-    c, batch = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(1).to(tl.int64)
-    if HAS_SEQ:
-        seq_ptr += batch * num_steps
-    if HAS_MASK:
-        mask_ptr += batch * num_steps
-    window_ptr += batch * window_b
-    num_padded, channel = tl.load(padded_ptr + batch), c < num_channels
-    first = num_padded - (K - 1)
-    t = first + tl.arange(0, BLOCK_T)
-    grad = _output_gradient(x_ptr + batch * x_b, weight_ptr, bias_ptr, window_ptr, seq_ptr, mask_ptr,
-                            dy_ptr + batch * dy_b, t, c, num_steps, num_channels, num_padded, x_c, x_t, dy_c, dy_t,
-                            weight_c, weight_k, window_c, window_k, K, SILU, BLOCK_T, BLOCK_C, HAS_BIAS, True,
-                            HAS_SEQ, HAS_MASK)  # fmt: skip
-    line = batch * num_channels + c
-    for slot in tl.static_range(K - 1):
-        lag = t - first - slot
-        reaches = (lag >= 0) & (lag < K) & (t >= 0) & (t < num_steps)
-        if HAS_SEQ:
-            here = tl.load(seq_ptr + tl.maximum(first + slot, 0))
-            reaches = reaches & (tl.load(seq_ptr + t, mask=reaches, other=-1) == here)
-        taps = tl.load(weight_ptr + c[None, :] * weight_c + (K - 1 - lag)[:, None] * weight_k,
-                       mask=reaches[:, None] & channel[None, :], other=0.0).to(tl.float32)  # fmt: skip
-        tl.store(dwindow_ptr + line * (K - 1) + slot, tl.sum(grad * taps, axis=0), mask=channel)
-    for lag in tl.static_range(K):
-        value = _from_window(window_ptr, seq_ptr, t, c, lag, num_steps, num_channels, num_padded, window_c, window_k,
-                             K, HAS_SEQ)  # fmt: skip
-        tl.store(dweight_ptr + line * K + (K - 1 - lag), tl.sum(grad * value, axis=0), mask=channel)

@@ -62,9 +62,7 @@ def causal_conv1d(
     return _activate(out[..., num_steps - num_new :], activation).to(x_BCT.dtype)
 
 
-def _prepend(
-    state_BCK: torch.Tensor, x_BCT: torch.Tensor, num_taps: int, mask_BT: torch.Tensor | None
-) -> torch.Tensor:
+def _prepend(state_BCK: torch.Tensor, x_BCT: torch.Tensor, num_taps: int, mask_BT: torch.Tensor | None) -> torch.Tensor:
     """[B, C, K-1+T]: `x_BCT`, zero at padding, with the state in the K-1 steps before its first real one."""
     check_window(state_BCK, num_taps)
     if mask_BT is None:

@@ -13,9 +13,10 @@ import torch
 import triton
 from torch.autograd.function import once_differentiable
 
-from ssmtune.ops.causal_conv1d.kernels import backward_kernel, forward_kernel, window_back_kernel
+from ssmtune.ops.causal_conv1d.kernels import backward_kernel, forward_kernel
 from ssmtune.ops.causal_conv1d.reference import check_window
 from ssmtune.ops.causal_conv1d.step_kernel import step_kernel
+from ssmtune.ops.causal_conv1d.window_kernels import window_back_kernel, window_kernel
 
 
 def causal_conv1d(
@@ -37,7 +38,7 @@ def causal_conv1d(
         batch, _, steps = x_BCT.shape
         mask = torch.ones(batch, steps, dtype=torch.int8, device=x_BCT.device)
         mask[:, steps - padding_mask.shape[-1] :] = padding_mask
-    silu, window = activation is not None, initial_state_BCK
+    silu, window = activation is not None, initial_state_BCK if weight_CK.shape[-1] > 1 else None
     y: torch.Tensor = _Convolution.apply(x_BCT, weight_CK, bias_C, window, silu, seq, mask)  # type: ignore[no-untyped-call]
     return y
 
@@ -76,66 +77,87 @@ def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(batch, channels, steps, dtype=dtype, device=x.device)
 
 
-def _window(window: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[Any, Any, tuple[int, ...]]:
-    """The initial window, the steps of padding in front of each row's first real one [B], and the window's strides."""
-    if window is None or window.shape[-1] == 0:
-        return None, None, (0, 0, 0)
+def _padded(window: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The steps of padding in front of each row's first real one [B]; None without a window."""
+    if window is None:
+        return None
     if mask is None:
-        return window, torch.zeros(window.shape[0], dtype=torch.int32, device=window.device), window.stride()
-    return window, (mask.cumsum(1) == 0).sum(1, dtype=torch.int32), window.stride()
+        return torch.zeros(window.shape[0], dtype=torch.int32, device=window.device)
+    return (mask.cumsum(1) == 0).sum(1, dtype=torch.int32)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, window: Any, silu: bool, seq: Any, mask: Any) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, bias, window, seq, mask)
+        padded = _padded(window, mask)
+        ctx.save_for_backward(x, weight, bias, window, seq, mask, padded)
         ctx.silu = silu
         y = _like(x, x.dtype)
         grid, blocks = _launch(x)
-        filled, padded, strides = _window(window, mask)
+        options = _switches(weight, bias, silu, seq, mask)
         forward_kernel[grid](
-            x, weight, bias, filled, seq, mask, padded, y, x.shape[-1], x.shape[1], *x.stride(), *y.stride(),
-            *weight.stride(), *strides, K=weight.shape[-1], SILU=silu, HAS_BIAS=bias is not None,
-            HAS_WINDOW=filled is not None, HAS_SEQ=seq is not None, HAS_MASK=mask is not None, **blocks,
+            x, weight, bias, seq, mask, y, x.shape[-1], x.shape[1], *x.stride(), *y.stride(), *weight.stride(),
+            **options, **blocks,
         )  # fmt: skip
+        if window is not None:
+            window_kernel[(-(-x.shape[1] // 32), x.shape[0])](
+                x, weight, bias, window, seq, mask, padded, y, x.shape[-1], x.shape[1], *x.stride(), *y.stride(),
+                *weight.stride(), *window.stride(), **options, **_head(weight, 2),
+            )  # fmt: skip
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        x, weight, bias, window, seq, mask = ctx.saved_tensors
+        x, weight, bias, window, seq, mask, padded = ctx.saved_tensors
         grid, blocks = _launch(x)
         batch, channels, steps = x.shape
         taps, trains = weight.shape[-1], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        filled, padded, strides = _window(window, mask)
-        inputs = (x, weight, bias, filled, seq, mask, padded, dy)
-        options = {
-            "K": taps, "SILU": ctx.silu, "HAS_BIAS": bias is not None, "HAS_SEQ": seq is not None,
-            "HAS_MASK": mask is not None,
-        }  # fmt: skip
-        dx = _like(x, x.dtype)
+        options = _switches(weight, bias, ctx.silu, seq, mask)
+        dx, dwindow = _like(x, x.dtype), None
         sums = (batch, grid[0], channels) if trains else (0,)
         dweight = torch.empty(*sums, taps, dtype=torch.float32, device=x.device)
         dbias = torch.empty(sums, dtype=torch.float32, device=x.device)
         backward_kernel[grid](
-            *inputs, dx, dweight, dbias, steps, channels, *x.stride(), *dy.stride(), *dx.stride(), *weight.stride(),
-            *strides, HAS_WINDOW=filled is not None, TRAINS=trains, **options, **blocks,
+            x, weight, bias, seq, mask, padded, dy, dx, dweight, dbias, steps, channels, *x.stride(), *dy.stride(),
+            *dx.stride(), *weight.stride(), HAS_WINDOW=window is not None, TRAINS=trains, **options, **blocks,
         )  # fmt: skip
-        dweight, dwindow = dweight.sum((0, 1)), None if window is None else torch.empty_like(window)
-        if filled is not None:
+        if trains:
+            dweight, dbias = dweight.sum((0, 1)), dbias.sum((0, 1))
+        if window is not None:
             dwindow = torch.empty(window.shape, dtype=window.dtype, device=x.device)
             added = torch.empty(batch, channels, taps, dtype=torch.float32, device=x.device)
+            added_bias = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
             window_back_kernel[(-(-channels // 32), batch)](
-                *inputs, dwindow, added, steps, channels, *x.stride(), *dy.stride(), *weight.stride(), *strides,
-                BLOCK_T=triton.next_power_of_2(2 * taps - 2), BLOCK_C=32, num_warps=1, **options,
+                x, weight, bias, window, seq, mask, padded, dy, dx, dwindow, added, added_bias, steps, channels,
+                *x.stride(), *dy.stride(), *dx.stride(), *weight.stride(), *window.stride(), **options,
+                **_head(weight, 3),
             )  # fmt: skip
-            dweight += added.sum(0)
+            if trains:
+                dweight, dbias = dweight + added.sum(0), dbias + added_bias.sum(0)
         return (
             dx,
             dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
-            dbias.sum((0, 1)).to(bias.dtype) if ctx.needs_input_grad[2] else None,
+            dbias.to(bias.dtype) if ctx.needs_input_grad[2] else None,
             dwindow,
             None,
             None,
             None,
         )
+
+
+def _switches(weight: torch.Tensor, bias: Any, silu: bool, seq: Any, mask: Any) -> dict[str, Any]:
+    """What every kernel is told beside its tensors."""
+    return {
+        "K": weight.shape[-1],
+        "SILU": silu,
+        "HAS_BIAS": bias is not None,
+        "HAS_SEQ": seq is not None,
+        "HAS_MASK": mask is not None,
+    }
+
+
+def _head(weight: torch.Tensor, reaches: int) -> dict[str, int]:
+    """Blocks of the kernels of the window: it, and as many inputs again or twice as many."""
+    steps = triton.next_power_of_2(reaches * (weight.shape[-1] - 1))
+    return {"BLOCK_T": steps, "BLOCK_C": 32, "num_warps": 1}

@@ -73,7 +73,9 @@ class _Inputs:
     softplus: bool
 
     @classmethod
-    def of(cls, x: Any, dt: Any, A: Any, B: Any, C: Any, skip: Any, z: Any, bias: Any, flags: Any, softplus: bool) -> Any:
+    def of(
+        cls, x: Any, dt: Any, A: Any, B: Any, C: Any, skip: Any, z: Any, bias: Any, flags: Any, softplus: bool
+    ) -> Any:
         """The inputs [B, ..., T] in rows; those that are not contiguous along channels are copied."""
         rows = [None if t is None else _dense_rows(t.transpose(1, 2)) for t in (x, dt, B, C, z)]
         skip, bias = (None if t is None else t.contiguous() for t in (skip, bias))
@@ -182,7 +184,9 @@ class _Scan(torch.autograd.Function):
         )  # fmt: skip
         each = -(-num_blocks // MAX_SHARES)
         shares = -(-num_blocks // each)
-        dx, ddt, dz = (None if t is None else torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in (i.x, i.dt, i.z))
+        dx, ddt, dz = (
+            None if t is None else torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in (i.x, i.dt, i.z)
+        )
         dB, dC = i.fp32(shares, batch, steps, size), i.fp32(shares, batch, steps, size)
         dD, dbias = i.fp32(batch, chunks, channels), i.fp32(batch, chunks, channels)
         inputs_kernel[(shares, chunks, batch)](
