@@ -32,7 +32,7 @@ SCAN = op_checks.Operation(
 @pytest.fixture(autouse=True)
 def _small_chunks_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several chunks in a short sequence, several blocks of channels in a program; torch.empty gives NaN."""
-    for name, value in {"CHUNK": 8, "CHUNK_BACK": 4, "KEPT": 2, "MAX_SHARES": 1}.items():
+    for name, value in {"CHUNK": 8, "CHUNK_BACK": 8, "KEPT": 2, "MAX_SHARES": 1}.items():
         monkeypatch.setattr(kernels, name, value)
     torch.use_deterministic_algorithms(True)
     yield
@@ -72,7 +72,7 @@ def test_a_state_goes_through_chunks() -> None:
 def test_documents_and_padding() -> None:
     """A document of one step, one from a chunk's edge, one from inside; several blocks of channels in a program."""
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 0, 1]])
-    op_checks.check_kernels(SCAN, inputs(1, 40, 16, 10), seq_idx=documents(10, 3, 4, 7)[:1], padding_mask=mask)
+    op_checks.check_kernels(SCAN, inputs(1, 40, 16, 10), seq_idx=documents(10, 3, 4, 8)[:1], padding_mask=mask)
 
 
 def test_layouts_of_a_model() -> None:

@@ -19,7 +19,7 @@ from ssmtune.ops.mamba1_selective_scan.stages import PASS_STAGES, dense_rows, in
 
 CHUNK, CHUNK_BACK = 64, 32
 """Steps per chunk forward and backward."""
-KEPT = 8
+KEPT = 4
 """Steps of a chunk whose states the backward pass holds in registers at the same time."""
 MAX_SHARES = 32
 
