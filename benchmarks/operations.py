@@ -170,15 +170,20 @@ MAMBA1_SIZES = ((2, 1, 9, 5), (2, 63, 40, 16), (1, 500, 2100, 16), (2, 1000, 96,
 """Batch, steps, channels, state of the cases of Mamba-1's scan; 2,100 channels are several blocks in a program."""
 
 
-def mamba1_case(batch: int, steps: int, channels: int, state: int, *, initial: bool = False) -> Tensors:
-    """Inputs of Mamba-1's scan, decays from almost none to almost all of the state."""
+def mamba1_case(
+    batch: int, steps: int, channels: int, state: int, *, initial: bool = False, rank: int = 7, margin: int = 3
+) -> Tensors:
+    """Inputs of Mamba-1's scan, decays from almost none to almost all of the state; by default in rows of odd lengths.
+
+    B and C stand behind `rank` columns of their tensor, x and its gate before `margin` columns of theirs.
+    """
     g = torch.Generator(device="cuda").manual_seed(steps)
     rates = torch.linspace(-3, 3, channels * state, dtype=torch.float64, device="cuda")
     tensors = {
-        "xz": normal(g, batch, steps, 2 * channels + 3),
+        "xz": normal(g, batch, steps, 2 * channels + margin),
         "dt_BDT": normal(g, batch, channels, steps),
         "A_DN": -torch.exp(rates).view(channels, state),
-        "BC": normal(g, batch, steps, 2 * state + 7),
+        "BC": normal(g, batch, steps, rank + 2 * state),
         "D_D": normal(g, channels),
         "dt_bias_D": normal(g, channels) - 2.0,
     }
@@ -190,8 +195,8 @@ def mamba1_views(xz: torch.Tensor, BC: torch.Tensor, channels: int, state: int) 
     return {
         "x_BDT": xz[..., :channels].transpose(1, 2),
         "z_BDT": xz[..., channels : 2 * channels].transpose(1, 2),
-        "B_BNT": BC[..., 7 : 7 + state].transpose(1, 2),
-        "C_BNT": BC[..., 7 + state : 7 + 2 * state].transpose(1, 2),
+        "B_BNT": BC[..., -2 * state : -state].transpose(1, 2),
+        "C_BNT": BC[..., -state:].transpose(1, 2),
     }
 
 
@@ -334,7 +339,7 @@ def step_timings() -> dict[str, Any]:
 
 def mamba1_inputs(steps: int) -> Tensors:
     """A layer of Falcon-Mamba-7B in bf16: 8,192 channels of 16 states, parameters in fp32."""
-    tensors = mamba1_case(1, steps, 8192, 16)
+    tensors = mamba1_case(1, steps, 8192, 16, rank=256, margin=0)
     held = {n: v.to(torch.float32 if n in FP32_ALWAYS else torch.bfloat16) for n, v in tensors.items()}
     return mamba1_views(held.pop("xz"), held.pop("BC"), 8192, 16) | held
 

@@ -133,7 +133,7 @@ def read(directory: Path) -> SavedAdapter:
     """Read and check an adapter directory, which may come from anybody; its tensors are read last.
 
     Raises `AdapterMismatch` for files that are missing, damaged, links to elsewhere or of two steps, for a plan that
-    claims more than the files hold, and for values that are not finite.
+    claims more than the files hold or keeps what is named as discarded, and for values that are not finite.
     """
     missing = [name for name in FILES if not (directory / name).is_file()]
     if missing:
@@ -150,7 +150,7 @@ def read(directory: Path) -> SavedAdapter:
         plan = Plan.from_dict(facts["plan"])
         digests = dict(facts["sha256"])
         saved_base, run_id, step = str(facts["base_digest"]), str(facts["run_id"]), int(facts["step"])
-        version, discarded = facts["format"], frozenset(facts["discarded"])
+        version, discarded = facts["format"], frozenset(map(str, facts["discarded"]))
     except (PlanMismatch, ConfigError) as error:
         raise AdapterMismatch(f"{directory / OUR_CONFIG}: cannot be read: {error}") from None
     except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -170,6 +170,9 @@ def read(directory: Path) -> SavedAdapter:
         headers = {name: read_header(paths[name]) for name in (PEFT_TENSORS, OUR_TENSORS)}
     except ConfigError as error:
         raise AdapterMismatch(str(error)) from None
+    # What lies below a site may be what only training needs; `fill` knows those names.
+    below = {name for name in discarded for site in plan.sites if name.startswith(f"{site.key}.")}
+    _refuse_other_discards(directory, discarded, discarded_paths(plan) | below)
     _refuse_more_than_is_there(directory, plan, discarded, headers)
     tensors = {name: {key: entry.read() for key, entry in entries.items()} for name, entries in headers.items()}
     for name, found in tensors.items():
@@ -195,6 +198,17 @@ def read(directory: Path) -> SavedAdapter:
 def check_base(saved: SavedAdapter, base_model: PreTrainedModel) -> None:
     """Raise `AdapterMismatch` when the adapter was trained on other base weights than `base_model`'s."""
     refuse_other_base(saved, base_digest(base_model))
+
+
+def _refuse_other_discards(directory: Path, discarded: Collection[str], allowed: Collection[str]) -> None:
+    """What was trained and is not in the files must be what the plan throws away: anything else would be at its start."""
+    others = sorted(set(discarded) - set(allowed))
+    if others:
+        raise AdapterMismatch(
+            f"{directory / OUR_CONFIG}: names {others[0][:200]!r} as discarded on saving, which the plan keeps "
+            f"({len(allowed)} tensors may be discarded, {len(others)} others are named). The file was altered; use another "
+            "checkpoint."
+        )
 
 
 def _refuse_more_than_is_there(
@@ -235,6 +249,7 @@ def fill(adapted: AdaptedModel, saved: SavedAdapter) -> None:
     """Put the saved values into the adapters of `adapted`, in place. Raises `AdapterMismatch` for any key or shape left over."""
     expected = get_peft_model_state_dict(adapted)
     _check_keys(saved, PEFT_TENSORS, {k: tuple(v.shape) for k, v in expected.items()}, saved.peft_tensors)
+    _refuse_other_discards(saved.directory, saved.discarded, discarded_paths(adapted.plan) | _progress(adapted))
     kept = _kept(adapted, saved.discarded)
     chosen = _chosen(adapted)
     shapes = {name: tuple(parameter.shape) for name, parameter in kept.items()}

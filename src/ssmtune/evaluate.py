@@ -13,11 +13,12 @@ import pydantic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ssmtune.config import STRICT
+from ssmtune.config import STRICT, read_json
 from ssmtune.errors import ConfigError
 from ssmtune.evaluate_llamacpp import NUM_SLOTS, answer_through_llamacpp, engine_facts, require_llamacpp, write_gguf
 from ssmtune.export.base import GgufType
-from ssmtune.models import load_model, load_tokenizer
+from ssmtune.merged_files import PROVENANCE
+from ssmtune.models import load_model, load_tokenizer, model_location
 from ssmtune.records import new_record
 from ssmtune.tasks.base import Example, Task, get_task, messages, split
 from ssmtune.training_data import task_examples
@@ -93,6 +94,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]
         name=config.name or (config.adapter or "base"),
         seed=config.seed,
         engine=engine,
+        trained=trained_facts(config.model, config.adapter),
         task=task.name,
         task_version=task.version,
         primary=task.primary,
@@ -103,6 +105,21 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]
         stopped_rate=sum(stopped for _, stopped in answers) / len(answers),
         seconds=time.time() - started,
     )
+
+
+def trained_facts(model: str, adapter: str | None) -> dict[str, Any] | None:
+    """Return which run trained what a record is of (run, recipe, trained and total parameters), None for a base.
+
+    It is read from the adapter, or from the model's directory where a run was merged into it.
+    """
+    from ssmtune.adapter_files import OUR_CONFIG
+
+    path = Path(model_location(model)) / PROVENANCE if adapter is None else Path(adapter) / OUR_CONFIG
+    facts = read_json(path) if path.is_file() else {}
+    if adapter is not None and isinstance(plan := facts.get("plan"), dict):
+        facts = {**plan, "run_id": facts.get("run_id")}
+    known = {name: facts.get(name) for name in ("run_id", "recipe", "trainable", "total")}
+    return known if known["trainable"] and known["total"] else None
 
 
 def _samples(

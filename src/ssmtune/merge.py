@@ -75,8 +75,8 @@ def _refuse_unmergeable(plan: Plan) -> None:
     if lasting:
         raise AttachError(
             f"cannot merge: method {', '.join(lasting)} adds what no tensor of the base can hold, so a merged model would "
-            "drop it. Use the adapter with ssmtune.load(base, directory); an additional scan can become a model with more "
-            "states (ssmtune.widen.widen, 'ssmtune export --to hf')."
+            "drop it. Use the adapter with ssmtune.load(base, directory). 'ssmtune export --to hf' makes an additional scan a "
+            "model with more states (ssmtune.widen.widen), and puts what acts where a sequence starts into its cache."
         )
 
 
@@ -157,7 +157,8 @@ def merge_to(
 
     The base is read and written one tensor at a time. Where its files cannot be proven to be read as transformers reads
     them, the model is merged in memory instead, which `on_message` is told and the result records.
-    `make_plain` is `merge`, or `widen.widen`, which holds an additional scan as well, in memory.
+    `make_plain` is `merge`; `widen.widen`, which holds an additional scan as well, in memory; or `merge_tensors`, for a
+    caller that takes care of what no tensor holds.
     The directory appears whole or not at all, with weights, config, tokenizer, model card and `ssmtune_merge.json`.
     `core_float32` keeps the core in fp32 in the file, whatever `dtype` the other tensors have.
     Raises `ConfigError` when `out` exists, the base is not known, or the disk is too small; `AdapterMismatch` for a base
@@ -177,6 +178,8 @@ def merge_to(
         "run_id": saved.run_id,
         "step": saved.step,
         "recipe": saved.plan.recipe,
+        "trainable": saved.plan.trainable,
+        "total": saved.plan.total,
         "adapter_sha256": {file: file_sha256(directory / file) for file in (PEFT_TENSORS, OUR_TENSORS)},
         "restored": list(restore),
         "core_float32": core_float32,
@@ -189,7 +192,7 @@ def merge_to(
         draft.mkdir()
         try:
             if saved.plan.unmergeable:
-                raise CannotStream("what was trained needs a larger model")
+                raise CannotStream("what was trained is not in tensors of the base alone")
             result |= _stream(saved, name, draft, dtype, restore=restore, core_float32=core_float32, progress=progress)
         except CannotStream as reason:
             if not saved.plan.unmergeable:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 BUNDLED = ("tiny-granite-h",)
 Dtype = Literal["float32", "bfloat16", "auto"]
+START = "start.safetensors"
+"""Beside an exported model: what its sequences start from, which no weight holds (`export.cache_start`)."""
 
 
 def model_location(name: str) -> str:
@@ -150,6 +152,11 @@ def _check_files(directory: Path) -> None:
         raise ConfigError(
             f"{directory}: holds adapter_config.json beside a model, and transformers would load the model that is named "
             "there instead. Move the adapter to a directory of its own."
+        )
+    if (directory / START).exists():
+        raise ConfigError(
+            f"{directory}: was exported with {START}, what its sequences start from, which no weight holds and ssmtune would "
+            "leave out. Use its base with the run's adapter; to take the weights as a base of their own, move that file away."
         )
     if (directory / WEIGHTS).exists() or (directory / INDEX).exists():
         read_checkpoint(directory)

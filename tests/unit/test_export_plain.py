@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from ssmtune import adapter_files
 from ssmtune.attach import attach, load
 from ssmtune.errors import CheckFailed, ConfigError
-from ssmtune.export import ExportConfig, export, factors
+from ssmtune.export import ExportConfig, export, factors, magnitudes
 from ssmtune.export.base import target_names
 from ssmtune.export.factors import full_row_factors, stack_factors
 from ssmtune.export.plain import own_logits
@@ -24,6 +24,7 @@ from ssmtune.families.base import get_family
 from ssmtune.models import load_model, load_tokenizer
 from ssmtune.plan import Site, make_plan
 from ssmtune.recipe import Edit, Recipe
+from ssmtune.records import file_sha256
 from ssmtune.verify.forward import STEP_TOLERANCE
 
 SAME = STEP_TOLERANCE[torch.float32]
@@ -275,8 +276,161 @@ def test_pissa_arrives_as_factors_of_twice_the_rank(base: Path, tmp_path: Path, 
     assert config["r"] == 6 and config["init_lora_weights"] is True and not config["use_rslora"]
 
 
-def test_dora_is_refused_by_name(base: Path, tmp_path: Path) -> None:
-    run = _adapter(base, "dora", tmp_path / "dora")
-    with pytest.raises(ConfigError, match=r"'dora', which is more than a pair of factors.* --to hf"):
+def _allocated(run: Path, prune: tuple[str, ...]) -> None:
+    """Put lambdas into a saved AdaLoRA adapter as an allocation leaves them: half of each pruned, at `prune` all."""
+    path = run / "ssmtune.safetensors"
+    tensors = load_file(path)
+    for name, value in tensors.items():
+        if name.endswith("lora_lambda"):
+            value[1::2] = 0
+            if name.startswith(prune):
+                value.zero_()
+    save_file(tensors, path, metadata={"format": "pt"})
+    facts = json.loads((run / "ssmtune.json").read_text())
+    facts["sha256"][path.name] = file_sha256(path)
+    (run / "ssmtune.json").write_text(json.dumps(facts))
+
+
+ADALORA = Recipe(
+    name="adalora",
+    edits=(
+        Edit(method="adalora", select=("ssm.in.x", "ssm.in.dt"), options={"rank": 4, "alpha": 6.0}),
+        Edit(method="adalora", select=("attn.q", "attn.v"), options={"rank": 3, "alpha": 9.0}),
+    ),
+)
+
+
+def test_adalora_arrives_as_factors_of_the_ranks_that_are_left(base: Path, tmp_path: Path, in_process: None) -> None:
+    """Of two sites of one tensor, of one without a triplet left, and of another initial rank; also for an engine."""
+    run = _adapter(base, ADALORA, tmp_path / "adalora")
+    _allocated(run, ("model.layers.1.self_attn.v_proj",))
+    record = export(ExportConfig(run=str(run), to="peft", out=str(tmp_path / "peft")))
+    assert record["check"]["export_to_trained"]["max"] < SAME
+    assert max(own_logits_apart(base, run)) > 100 * SAME
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    ranks = {name.split(".")[-3]: tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}
+    assert ranks == {"in_proj": 2 + 2, "q_proj": 2, "v_proj": 1}
+    record = export(ExportConfig(run=str(run), to="vllm", out=str(tmp_path / "vllm")))
+    assert record["check"]["export_to_trained"]["max"] < SAME
+
+
+def own_logits_apart(base: Path, run: Path) -> list[float]:
+    """How far the adapter moves the logits of each of two prompts."""
+    prompts = [[5, 9, 4, 17], [300, 2, 8]]
+    expected = own_logits(load_model(str(base)), prompts)
+    found = own_logits(load(load_model(str(base)), run), prompts)
+    return [float((f - e).abs().max() / e.abs().max()) for f, e in zip(found, expected, strict=True)]
+
+
+def test_a_triplet_of_the_wrong_weight_is_seen(
+    base: Path, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: the scale of the rank that is left, not of the initial one."""
+    run = _adapter(base, ADALORA, tmp_path / "adalora")
+    _allocated(run, ())
+    monkeypatch.setattr(factors, "alpha_for", lambda site, A: float(site.options["alpha"]))
+    with pytest.raises(CheckFailed, match="not written"):
         export(ExportConfig(run=str(run), to="peft", out=str(tmp_path / "peft")))
-    assert not (tmp_path / "peft").exists()
+
+
+DORA = {
+    "projections": Recipe(name="dora", edits=(Edit(method="dora", select=("attn.q", "ssm.in"), options={"rank": 3}),)),
+    "rows beside factors": Recipe(
+        name="rows",
+        edits=(
+            Edit(method="dora", select=("ssm.in.x",), options={"rank": 3, "alpha": 6.0}),
+            Edit(method="lora", select=("ssm.in.B",), options={"rank": 2, "alpha": 3.0}),
+            Edit(method="adalora", select=("attn.v",), options={"rank": 2}),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DORA)
+def test_dora_loads_in_stock_peft(base: Path, tmp_path: Path, in_process: None, name: str) -> None:
+    """PEFT's own layers as they are; rows with magnitudes for the whole tensor, and plain factors in the same adapter."""
+    run = _adapter(base, DORA[name], tmp_path / "dora")
+    record = export(ExportConfig(run=str(run), to="peft", out=str(tmp_path / "peft")))
+    assert record["check"]["export_to_trained"]["max"] < SAME
+    assert max(own_logits_apart(base, run)) > 100 * SAME
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["use_dora"] is True and config["peft_type"] == "LORA"
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    magnitudes = {name.split(".")[-2]: tensor.shape for name, tensor in tensors.items() if "magnitude" in name}
+    assert magnitudes["in_proj"] == (2 * 64 + 2 * 16 + 8,)
+
+
+def test_dora_beside_a_core_needs_a_new_base(base: Path, tmp_path: Path, in_process: None) -> None:
+    both = Recipe(name="both", edits=(*DORA["projections"].edits, Edit(method="core", select=("ssm.dt_bias",))))
+    run = _adapter(base, both, tmp_path / "dora")
+    with pytest.raises(ConfigError, match=r"ssm\.dt_bias.*--bake-extras"):
+        export(ExportConfig(run=str(run), to="peft", out=str(tmp_path / "peft")))
+    out, baked = tmp_path / "peft", tmp_path / "baked"
+    record = export(ExportConfig(run=str(run), to="peft", out=str(out), bake_extras=str(baked)))
+    assert record["check"]["export_to_trained"]["max"] < SAME
+
+
+def test_a_magnitude_in_the_wrong_row_is_seen(
+    base: Path, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = magnitudes.saved_magnitude
+
+    def rolled(*arguments: Any) -> torch.Tensor | None:
+        magnitude = found(*arguments)
+        return None if magnitude is None else magnitude.roll(1)
+
+    monkeypatch.setattr(magnitudes, "saved_magnitude", rolled)
+    run = _adapter(base, DORA["projections"], tmp_path / "dora")
+    with pytest.raises(CheckFailed, match="not written"):
+        export(ExportConfig(run=str(run), to="peft", out=str(tmp_path / "peft")))
+
+
+def test_dora_on_raw_tensors_is_an_extra(tmp_path: Path, in_process: None) -> None:
+    """Mamba-1's dt_proj is read past its module, and stock PEFT refuses out_proj: both are baked, or given up as a whole."""
+    directory = tmp_path / "base"
+    model = tiny_model(("mamba", "biases"))
+    model.resize_token_embeddings(6144, mean_resizing=False)
+    model.save_pretrained(directory)
+    load_tokenizer("tiny-granite-h").save_pretrained(directory)
+    run = _adapter(
+        directory,
+        Recipe(name="r", edits=(Edit(method="dora", select=("recurrent",), options={"rank": 2}),)),
+        tmp_path / "dora",
+    )
+    with pytest.raises(ConfigError, match=r"ssm\.dt_proj, ssm\.out.* do not fit into PEFT's format"):
+        export(ExportConfig(run=str(run), to="peft", out=str(tmp_path / "peft")))
+    out, baked = tmp_path / "peft", tmp_path / "baked"
+    record = export(ExportConfig(run=str(run), to="peft", out=str(out), bake_extras=str(baked)))
+    assert record["check"]["export_to_trained"]["max"] < SAME
+    record = export(ExportConfig(run=str(run), to="peft", out=str(tmp_path / "less"), drop_extras=True))
+    assert record["check"]["plain_to_expected"]["max"] < SAME < record["check"]["export_to_trained"]["max"]
+
+
+@pytest.mark.parametrize("to", ["vllm", "gguf_lora"])
+def test_programs_without_magnitudes_refuse_dora(base: Path, tmp_path: Path, to: str) -> None:
+    run = _adapter(base, DORA["projections"], tmp_path / "dora")
+    with pytest.raises(
+        ConfigError, match=r"have magnitudes of their rows, trained by 'dora'; .* applies A and B alone"
+    ):
+        export(ExportConfig(run=str(run), to=to, out=str(tmp_path / "out")))
+
+
+def test_rows_that_a_magnitude_cannot_stand_for_are_refused(base: Path, tmp_path: Path, in_process: None) -> None:
+    """Rows of the same tensor that only a new base could hold, and rows of zeros, by whose norm PEFT would divide."""
+    rows = Edit(method="dora", select=("ssm.in.x",), options={"rank": 2})
+    beside = Recipe(name="beside", edits=(rows, Edit(method="prodial", select=("ssm.in.dt",), options={"rank": 2})))
+    run = _adapter(base, beside, tmp_path / "beside")
+    config = ExportConfig(run=str(run), to="peft", out=str(tmp_path / "peft"), bake_extras=str(tmp_path / "baked"))
+    with pytest.raises(
+        ConfigError, match=r"in_proj\.weight: PEFT's DoRA holds a magnitude for every row.* ssm\.in\.dt of"
+    ):
+        export(config)
+    model = load_model(str(base))
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mamba.in_proj.weight")[-2:] = 0
+    model.save_pretrained(tmp_path / "zeros")
+    load_tokenizer(str(base)).save_pretrained(tmp_path / "zeros")
+    run = _adapter(tmp_path / "zeros", Recipe(name="rows", edits=(rows,)), tmp_path / "rows")
+    with pytest.raises(ConfigError, match=r"in_proj\.weight: 2 of its rows are zero with what was trained"):
+        export(ExportConfig(run=str(run), to="peft", out=str(tmp_path / "peft")))
+    assert not (tmp_path / "peft").exists() and not (tmp_path / "baked").exists()

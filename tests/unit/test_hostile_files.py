@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -232,12 +233,40 @@ def _site(**values: Any) -> Callable[[dict[str, Any]], Any]:
         (lambda f: f.update(step=float("inf")), "is no number"),
         (lambda f: f.update(sha256=3), "cannot be read"),
         (lambda f: f.update(discarded=3), "cannot be read"),
+        (lambda f: f.update(discarded=[3]), "names '3' as discarded"),
     ],
 )
 def test_an_adapter_whose_facts_lie(change: Callable[[dict[str, Any]], Any], match: str, root: Path) -> None:
     vouch(root / "adapter", change)
     with pytest.raises((AdapterMismatch, PlanMismatch), match=match):
         load(tiny_model(DENSE), root / "adapter")
+
+
+def test_a_trained_tensor_that_is_named_as_discarded(root: Path) -> None:
+    """It would be at its start in the model that is loaded, and nothing would be missing."""
+    tensors = load_file(root / "adapter" / OUR_TENSORS)
+    name = next(name for name in sorted(tensors) if name.endswith("A_log"))
+    del tensors[name]
+    save_file(tensors, root / "adapter" / OUR_TENSORS, metadata={"format": "pt"})
+    vouch(root / "adapter", lambda facts: facts.update(discarded=[name]))
+    with pytest.raises(
+        AdapterMismatch, match=f"names '{re.escape(name)}' as discarded on saving, which the plan keeps"
+    ):
+        adapter_files.read(root / "adapter")
+
+
+def test_a_part_of_an_edit_that_is_named_as_discarded(tmp_path: Path) -> None:
+    """What only training needs is not in an adapter, and is named there; a factor may not be."""
+    adapted = attach(tiny_model(DENSE), make_plan(tiny_model(DENSE), "adalora", rank=2))
+    adapted.save_pretrained(tmp_path)
+    key = adapted.plan.sites[0].key
+    assert f"{key}.sensitivity_P" in adapter_files.read(tmp_path).discarded
+    tensors = load_file(tmp_path / OUR_TENSORS)
+    del tensors[f"{key}.lora_P"]
+    save_file(tensors, tmp_path / OUR_TENSORS, metadata={"format": "pt"})
+    vouch(tmp_path, lambda facts: facts["discarded"].append(f"{key}.lora_P"))
+    with pytest.raises(AdapterMismatch, match=f"names '{re.escape(key)}.lora_P' as discarded"):
+        load(tiny_model(DENSE), tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -15,7 +15,7 @@ from tolerances import BF16_ROUND_ONCE, relative_rms
 pytest.importorskip("triton", reason="the kernels need Triton, which is built for Linux only")
 
 from ssmtune.errors import ConfigError
-from ssmtune.ops.mamba1_selective_scan import mamba1_recurrence, mamba1_selective_scan
+from ssmtune.ops.mamba1_selective_scan import mamba1_recurrence, mamba1_selective_scan, stages
 from ssmtune.ops.mamba1_selective_scan import triton as kernels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
@@ -32,7 +32,7 @@ SCAN = op_checks.Operation(
 @pytest.fixture(autouse=True)
 def _small_chunks_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several chunks in a short sequence, several blocks of channels in a program; torch.empty gives NaN."""
-    for name, value in {"CHUNK": 8, "CHUNK_BACK": 4, "KEPT": 2, "MAX_SHARES": 1}.items():
+    for name, value in {"CHUNK": 8, "CHUNK_BACK": 8, "KEPT": 2, "MAX_SHARES": 1}.items():
         monkeypatch.setattr(kernels, name, value)
     torch.use_deterministic_algorithms(True)
     yield
@@ -66,14 +66,13 @@ def test_one_step_without_any_option() -> None:
 
 
 def test_a_state_goes_through_chunks() -> None:
-    op_checks.check_kernels(SCAN, inputs(1, 5, 3, 11))
+    op_checks.check_kernels(SCAN, inputs(2, 5, 3, 9))
 
 
 def test_documents_and_padding() -> None:
-    """Documents of one step, from a chunk's edge and from inside one, across several blocks of channels."""
-    mask, _ = op_checks.padding(13, "left")
-    mask[1] = 1
-    op_checks.check_kernels(SCAN, inputs(2, 40, 16, 13), seq_idx=documents(13, 1, 2, 4, 7), padding_mask=mask)
+    """A document of one step, one from a chunk's edge, one from inside; several blocks of channels in a program."""
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 0, 1]])
+    op_checks.check_kernels(SCAN, inputs(1, 40, 16, 10), seq_idx=documents(10, 3, 4, 8)[:1], padding_mask=mask)
 
 
 def test_layouts_of_a_model() -> None:
@@ -123,13 +122,13 @@ def test_a_planted_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) ->
         genuine_flags = kernels._flags
         monkeypatch.setattr(kernels, "_flags", lambda *given: reset_late(genuine_flags(*given)))
     elif fault == "no decay between chunks":
-        genuine_pass = kernels.pass_kernel
+        genuine_pass = stages.pass_kernel
 
         class WithoutDecay:
             def __getitem__(self, grid: Any) -> Any:
                 return lambda states, sums, *rest, **more: genuine_pass[grid](states, sums.zero_(), *rest, **more)
 
-        monkeypatch.setattr(kernels, "pass_kernel", WithoutDecay())
+        monkeypatch.setattr(stages, "pass_kernel", WithoutDecay())
         options = {}
     else:
 

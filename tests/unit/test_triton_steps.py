@@ -118,3 +118,19 @@ def test_step_kernels_say_what_they_cannot_serve() -> None:
     x, dt, B = torch.zeros(1, 2, 3), torch.zeros(1, 2), torch.zeros(1, 1, 1025)
     with pytest.raises(ConfigError, match="state size 1025 is over 1024"):
         selective_state_update(torch.zeros(1, 2, 3, 1025), x, dt, -torch.ones(2), B, B, backend="triton")
+
+
+def test_the_limits_of_a_step_hold() -> None:
+    """Steps below, between and above the limits; the cases' own lie between them."""
+    g = torch.Generator().manual_seed(0)
+    x, dt, B, C = (torch.randn(*shape, generator=g) for shape in ((1, 6, 3), (1, 6), (1, 2, 5), (1, 2, 5)))
+    dt[0, :3] = torch.tensor([-9.0, 0.0, 9.0])
+    states = [torch.ones(1, 6, 3, 5), torch.ones(1, 6, 3, 5)]
+    outputs = [
+        selective_state_update(
+            state, x, dt, -torch.ones(6), B, C, dt_softplus=True, dt_limit=(0.1, 1.5), backend=backend
+        )
+        for state, backend in zip(states, ("triton", "reference"), strict=True)
+    ]
+    for found, expected in (outputs, states):
+        assert relative_rms(found, expected) <= LIMITS[torch.float32]

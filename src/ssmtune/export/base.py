@@ -71,7 +71,7 @@ class Target:
     """Writes the result and returns the facts of the record, among them `files` and `record_path`."""
 
 
-NOT_TARGETS = frozenset({"agreement", "base", "converter", "engines", "factors", "plain"})
+NOT_TARGETS = frozenset({"agreement", "base", "cache_start", "converter", "engines", "factors", "magnitudes", "plain"})
 
 
 def target_names() -> tuple[str, ...]:
@@ -97,8 +97,12 @@ def refuse_unmergeable(sites: Iterable[Site]) -> None:
     held = [site for site in sites if not get_method(site.method).mergeable]
     if held:
         methods = sorted({site.method for site in held})
+        # What a cache or a larger state can hold has no reason of its own.
+        plain = not any(get_method(name).at_every_token for name in methods)
         raise ConfigError(
             f"{len(held)} sites ({', '.join(sorted({site.role for site in held}))}) are trained by "
-            f"{', '.join(map(repr, methods))}, which no tensor of the base can hold: {get_method(methods[0]).overhead}. "
-            "Serve this adapter with ssmtune.load, or train it again with a method that merges."
+            f"{', '.join(map(repr, methods))}, which no tensor of the base can hold: "
+            f"{get_method(methods[0]).at_every_token or get_method(methods[0]).overhead}. "
+            f"{'Use --to hf, or serve' if plain else 'Serve'} this adapter with ssmtune.load, or train it again with a method "
+            "that merges."
         )

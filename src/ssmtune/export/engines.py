@@ -13,6 +13,7 @@ from ssmtune import adapter_files
 from ssmtune.errors import ConfigError
 from ssmtune.export.base import ExportConfig
 from ssmtune.export.factors import Factors, uniform_factors
+from ssmtune.export.magnitudes import refuse_magnitudes
 from ssmtune.export.peft import export_peft
 from ssmtune.merge import adapter_directory
 from ssmtune.models import load_config
@@ -37,6 +38,8 @@ def export_for_engine(config: ExportConfig, engine: str, applied: Modules, sourc
         raise ConfigError(
             f"--to {engine}: adapters of packed experts ({', '.join(packed)}) have another layout there. Use --to hf."
         )
+
+    refuse_magnitudes(saved, engine, engine, "--to hf and serve the merged model")
 
     def checked(factors: dict[str, Factors]) -> dict[str, Factors]:
         lost = sorted({name.rpartition(".")[2] for name in factors} - applied[model_type])

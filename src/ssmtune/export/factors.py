@@ -13,8 +13,6 @@ from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from torch import nn
 
 from ssmtune.base_tensors import base_tensor, names_by_tensor, owner_of
-from ssmtune.errors import ConfigError
-from ssmtune.methods.base import get_method
 from ssmtune.methods.lora import effective_alpha
 from ssmtune.models import weightless
 from ssmtune.peft_layers import module_name
@@ -30,6 +28,11 @@ PREFIX = "base_model.model."
 
 Factors = tuple[torch.Tensor, torch.Tensor, float]
 """A [r, I], B [O, r] and alpha: the change is (alpha / r) B A."""
+
+
+PAIRS = ({"lora_A", "lora_B"}, {"lora_A", "lora_B", "start_A", "start_B"}, {"lora_A", "lora_B", "lora_magnitude"})
+TRIPLETS = {"lora_P", "lora_lambda", "lora_Q"}
+"""What an edit of a tensor saves that is, magnitudes aside, a product of two factors."""
 
 
 def full_row_factors(
@@ -72,10 +75,9 @@ def split_sites(adapted: AdaptedModel, saved: SavedAdapter) -> tuple[dict[str, F
 
     A low-rank edit of a tensor becomes a PEFT layer where the tensor is a linear layer's own and every path calls it.
     Stock PEFT refuses `out_proj` of some Mamba families, although transformers' own forward calls it: an extra then.
-    Packed experts are not among the factors; they stay as PEFT saved them.
-    Raises `ConfigError` where PEFT's layers hold more than factors (DoRA).
+    Packed experts are not among the factors; they stay as PEFT saved them. DoRA's magnitudes belong to the factors
+    (`magnitudes.full_magnitudes`).
     """
-    _refuse_composed(adapted)
     model = adapted.base_model.model
     uses = probe(weightless(model.config))
     names = names_by_tensor(model)
@@ -99,19 +101,6 @@ def split_sites(adapted: AdaptedModel, saved: SavedAdapter) -> tuple[dict[str, F
     return {name: stack_factors(found) for name, found in parts.items()}, extras
 
 
-def _refuse_composed(adapted: AdaptedModel) -> None:
-    composed = [
-        s for s in adapted.plan.sites if s.container == "module" and get_method(s.method).value_kind == "composed"
-    ]
-    if composed:
-        alone = "" if adapted.edits else " (this directory, which has nothing else, can be loaded by PEFT as it is)"
-        raise ConfigError(
-            f"{len(composed)} sites ({', '.join(sorted({s.role for s in composed}))}) are trained by "
-            f"{composed[0].method!r}, which is more than a pair of factors, so no adapter of factors can be written"
-            f"{alone}. Use --to hf, which writes the merged model."
-        )
-
-
 def alpha_for(site: Site, A_rI: torch.Tensor) -> float:
     """Return the alpha of a site's saved factors: over their r, which a start that is subtracted doubles, it is the scale."""
     rank: int = site.options["rank"]
@@ -121,18 +110,25 @@ def alpha_for(site: Site, A_rI: torch.Tensor) -> float:
 def saved_factors(saved: SavedAdapter, site: Site) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return A [r, I] and B [R, r] of a site as they were saved, or None when its edit is no product of such factors.
 
-    A start that is subtracted is among them as further rows and columns.
+    A start that is subtracted is among them as further rows and columns. Of weighted triplets those that were not pruned are
+    left, their weights in B. DoRA's magnitudes are beside them (`magnitudes.saved_magnitude`).
     """
     if site.container == "module":
         name = PREFIX + module_name(site)
         return saved.peft_tensors[f"{name}.lora_A.weight"], saved.peft_tensors[f"{name}.lora_B.weight"]
-    if f"{site.key}.lora_A" not in saved.our_tensors or get_method(site.method).value_kind != "factors":
+    key = f"{site.key}."
+    own = {name.removeprefix(key): tensor for name, tensor in saved.our_tensors.items() if name.startswith(key)}
+    if own.keys() >= TRIPLETS:
+        kept = own["lora_lambda"] != 0
+        # PEFT knows no rank of zero; what is kept then has the weight zero.
+        kept[0] |= not bool(kept.any())
+        return own["lora_Q"][kept], own["lora_P"][:, kept] * own["lora_lambda"][kept]
+    if own.keys() not in PAIRS:
         return None
-    A_rI, B_Rr = saved.our_tensors[f"{site.key}.lora_A"], saved.our_tensors[f"{site.key}.lora_B"]
-    if f"{site.key}.start_A" not in saved.our_tensors or len(site.shape) == 3:
+    A_rI, B_Rr = own["lora_A"], own["lora_B"]
+    if "start_A" not in own or len(site.shape) == 3:
         return A_rI, B_Rr
-    start_A, start_B = saved.our_tensors[f"{site.key}.start_A"], saved.our_tensors[f"{site.key}.start_B"]
-    return torch.cat([A_rI, start_A]), torch.cat([B_Rr, -start_B], dim=1)
+    return torch.cat([A_rI, own["start_A"]]), torch.cat([B_Rr, -own["start_B"]], dim=1)
 
 
 def _refused_by_peft(adapted: AdaptedModel, name: str) -> bool:

@@ -22,6 +22,7 @@ from ssmtune.export.agreement import check_gguf
 from ssmtune.export.base import ExportConfig, Target, refuse_existing, refuse_unmergeable
 from ssmtune.export.converter import convert
 from ssmtune.export.factors import Factors, alpha_for, full_row_factors, saved_factors, stack_factors, uniform_factors
+from ssmtune.export.magnitudes import refuse_magnitudes
 from ssmtune.merge import adapter_directory, effective_tensors, merge_to
 from ssmtune.models import load_model, load_tokenizer
 from ssmtune.records import file_sha256
@@ -91,21 +92,20 @@ def low_rank_changes(adapted: AdaptedModel, saved: SavedAdapter) -> dict[str, Fa
 
     Raises `ConfigError` naming the roles that such a file cannot hold, or that llama.cpp would ignore.
     """
+    refuse_magnitudes(saved, "gguf_lora", "llama.cpp", "--to gguf, which merges, or --to peft")
     parts: dict[str, list[Factors]] = {}
     for site in saved.plan.sites:
         found = None if site.group in NO_LORA_THERE or len(site.shape) != 2 else saved_factors(saved, site)
         if found is not None:
-            rows = base_tensor(adapted.base_model.model, site.path).shape[0]
-            full = full_row_factors(site, *found, rows)
+            full = full_row_factors(site, *found, base_tensor(adapted.base_model.model, site.path).shape[0])
             parts.setdefault(site.path, []).append((*full, alpha_for(site, full[0])))
     factors = {path: stack_factors(found) for path, found in parts.items()}
     exact = effective_tensors(adapted)
     refused = [site for site in saved.plan.sites if not _is_whole(adapted, site, factors, exact)]
     if refused:
-        roles = sorted({site.role for site in refused})
         raise ConfigError(
-            f"--to gguf_lora: {len(refused)} sites ({', '.join(roles)}) are no low-rank change of a weight that llama.cpp "
-            "multiplies with, so it would ignore them. Use --to gguf, which merges."
+            f"--to gguf_lora: {len(refused)} sites ({', '.join(sorted({site.role for site in refused}))}) are no low-rank change "
+            "of a weight that llama.cpp multiplies with, so it would ignore them. Use --to gguf, which merges."
         )
     return factors
 

@@ -18,6 +18,7 @@ from ssmtune.base_tensors import owner_of
 from ssmtune.errors import CheckFailed, ConfigError
 from ssmtune.export.base import ExportConfig, Target, refuse_existing, refuse_unmergeable
 from ssmtune.export.factors import PREFIX, Factors, split_sites
+from ssmtune.export.magnitudes import full_magnitudes
 from ssmtune.export.plain import compare_logits, own_logits, plain_logits, prompt_tokens
 from ssmtune.merge import adapter_directory, effective_tensors
 from ssmtune.methods.lora import effective_alpha
@@ -46,6 +47,7 @@ def export_peft(
     model = config.model or saved.plan.model
     adapted = load(load_model(model, dtype="float32"), saved.directory)
     factors, extras = split_sites(adapted, saved)
+    magnitudes = full_magnitudes(adapted, saved, factors, extras)
     num_packed = sum(len(site.shape) == 3 and site.container == "module" for site in saved.plan.sites)
     _refuse_extras(config, extras, num_low_rank=len(factors) + num_packed)
     prompts = prompt_tokens(model)
@@ -57,7 +59,7 @@ def export_peft(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         draft, base = Path(scratch) / "adapter", Path(scratch) / "base"
         location = str(baked.resolve()) if baked else model_location(model)
-        _write(draft, saved, change(factors), location)
+        _write(draft, saved, change(factors), magnitudes, location)
         if baked:
             _write_base(base, model, adapted, extras)
         found = plain_logits(str(base) if baked else model, prompts, adapter=draft, dtype="float32")
@@ -119,12 +121,18 @@ def _refuse_extras(config: ExportConfig, extras: Sequence[Site], *, num_low_rank
 
 def _switch_off(adapted: AdaptedModel, site: Site) -> None:
     if site.container == "module":
-        adapted.base_model.model.get_submodule(module_name(site)).set_scale("default", 0)
+        adapted.base_model.model.get_submodule(module_name(site)).enable_adapters(False)
     else:
         adapted.edits[site.key].enabled = False
 
 
-def _write(directory: Path, saved: SavedAdapter, factors: Mapping[str, Factors], base: str) -> None:
+def _write(
+    directory: Path,
+    saved: SavedAdapter,
+    factors: Mapping[str, Factors],
+    magnitudes: Mapping[str, torch.Tensor],
+    base: str,
+) -> None:
     """PEFT's two files."""
     fields = json.loads((saved.directory / PEFT_CONFIG).read_text(encoding="utf-8"))
     packed = [s for s in saved.plan.sites if s.container == "module" and len(s.shape) == 3]
@@ -144,7 +152,15 @@ def _write(directory: Path, saved: SavedAdapter, factors: Mapping[str, Factors],
             ranks[name] = A_rI.shape[0]
         if own_alpha != alpha:
             alphas[name] = own_alpha
-    fields |= {"peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "lora_alpha": alpha}
+    for name, magnitude_O in magnitudes.items():
+        tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude_O.contiguous()
+    fields |= {
+        "peft_type": "LORA",
+        "use_dora": bool(magnitudes),
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+    }
     fields |= {"rank_pattern": ranks, "alpha_pattern": alphas}
     # Packed experts alone need no module; PEFT then wants the list as it was saved.
     fields["target_modules"] = sorted(factors) or fields["target_modules"]

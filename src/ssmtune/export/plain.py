@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 TIMEOUT_S = 3600
+
+NUM_GENERATED = 4
+"""Tokens that are generated after each prompt from a loader's start."""
 
 
 def prompt_tokens(model: str) -> list[list[int]]:
@@ -38,6 +42,35 @@ def plain_logits(
 
     Raises `CheckFailed` with that process's last words when it cannot load them.
     """
+    found = _answers(model, prompts, adapter, dtype)
+    return [found[str(i)] for i in range(len(prompts))]
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a directory's own loader makes of prompts: logits [T, V] of each (of its last token where the loader reads the
+    others), the tokens generated greedily after it, and the logits [NUM_GENERATED, V] that they were taken from."""
+
+    prompts: list[torch.Tensor]
+    generated: list[list[int]]
+    steps: list[torch.Tensor]
+
+
+def plain_started(model: str, prompts: Sequence[Sequence[int]], *, dtype: Dtype = "auto") -> Started:
+    """Return what a directory with `load_start.py` computes in a fresh process. Raises `CheckFailed` as `plain_logits`."""
+    found = _answers(model, prompts, None, dtype, num_generated=NUM_GENERATED)
+    numbers = range(len(prompts))
+    return Started(
+        prompts=[found[str(i)] for i in numbers],
+        generated=[found[f"{i}.generated"].tolist() for i in numbers],
+        steps=[found[f"{i}.steps"] for i in numbers],
+    )
+
+
+def _answers(
+    model: str, prompts: Sequence[Sequence[int]], adapter: Path | None, dtype: Dtype, *, num_generated: int = 0
+) -> dict[str, torch.Tensor]:
+    """Run `_plain.py` in a fresh process; what it writes."""
     import torch
     from safetensors.torch import load_file
 
@@ -47,8 +80,9 @@ def plain_logits(
             "adapter": None if adapter is None else str(adapter.resolve()),
             "dtype": dtype,
             "prompts": [list(prompt) for prompt in prompts],
+            "num_generated": num_generated,
             "threads": torch.get_num_threads(),
-            "out": str(Path(scratch) / "logits.safetensors"),
+            "out": str(Path(scratch) / "answers.safetensors"),
         }
         path = write_json(Path(scratch) / "request.json", request)
         source = (Path(__file__).parent / "_plain.py").read_text(encoding="utf-8")
@@ -57,8 +91,7 @@ def plain_logits(
         if result.returncode != 0:
             lines = [line for line in result.stderr.splitlines() if line.strip()] or ["it said nothing"]
             raise CheckFailed(f"plain transformers cannot load {adapter or model}: {lines[-1].strip()}")
-        logits = load_file(request["out"])
-    return [logits[str(i)] for i in range(len(prompts))]
+        return load_file(request["out"])
 
 
 def own_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:

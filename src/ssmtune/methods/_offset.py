@@ -21,7 +21,7 @@ def _make_state(shape: Sequence[int], options: object) -> nn.Module:
     return State(shape)
 
 
-def offset_method(name: str, role: str, *, summary: str, formula: str, overhead: str) -> Method:
+def offset_method(name: str, role: str, *, summary: str, formula: str, overhead: str, adds: str) -> Method:
     """Return the method in the file `name`, which trains the offset with this role."""
     return Method(
         in_module=False,
@@ -30,6 +30,7 @@ def offset_method(name: str, role: str, *, summary: str, formula: str, overhead:
         source="Kang et al. 2025 (state-offset tuning), section 4",
         mergeable=False,
         overhead=overhead,
+        at_every_token=f"adds {adds}, where a plain layer adds nothing",
         Options=NoOptions,
         allows=lambda component: component.role == role,
         num_params=num_elements,

@@ -103,6 +103,9 @@ class Method:
     make_edit: Callable[[torch.Tensor, Rows, Any], torch.nn.Module] | None = None
     make_state: Callable[[Sequence[int], Any], torch.nn.Module] | None = None
     make_branch: Callable[[Sequence[int], Any], torch.nn.Module] | None = None
+    at_every_token: str = ""
+    """What it does at every token that neither a tensor, a start nor a larger state of a plain model can hold; as said of
+    its name. Empty where one of them can."""
     starts_as_base: bool = True
     """Whether a model to which it has just been attached computes what its base computes, bit for bit."""
     waits: tuple[str, ...] = ()

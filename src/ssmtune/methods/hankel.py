@@ -77,6 +77,7 @@ METHOD = Method(
     source="Thapliyal 2026 (HRM adapter), section 3, with the bounds of the step size smooth",
     mergeable=False,
     overhead="4 n d FLOPs per token and block, and a state of n numbers per block in generation",
+    at_every_token="runs a module beside a block, with a memory that no cache of transformers keeps",
     Options=HankelOptions,
     allows=lambda component: component.group == "block",
     num_params=_num_params,

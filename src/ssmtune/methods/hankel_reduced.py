@@ -67,6 +67,7 @@ METHOD = Method(
     source="Moore 1981 and Laub et al. 1987 (square-root balanced truncation); Thapliyal 2026 for its use",
     mergeable=False,
     overhead="4 n d FLOPs per token and block, and a state of n numbers per block in generation",
+    at_every_token="runs a module beside a block, with a memory that no cache of transformers keeps",
     Options=ReducedOptions,
     allows=lambda component: component.group == "block",
     num_params=_num_params,

@@ -56,6 +56,7 @@ METHOD = Method(
     formula="2 R D_in for R membranes",
     source="Lee et al. 2026 (Memba), method; causal form ours",
     mergeable=False,
+    at_every_token="moves the gate by membranes, whose potentials no cache of transformers keeps",
     overhead="4 R D_in operations per token, and T / S sequential steps over a prefill of T tokens",
     Options=MembaOptions,
     allows=lambda component: component.role == "state.membrane",

@@ -39,6 +39,7 @@ METHOD = Method(
     source="He et al. 2022 (parallel adapter), without its nonlinearity; control of `hankel`",
     mergeable=False,
     overhead="4 n d FLOPs per token and block",
+    at_every_token="runs a module beside a block",
     Options=ParallelOptions,
     allows=lambda component: component.group == "block",
     num_params=lambda shape, options: 2 * options.order * shape[0] + 1,

@@ -14,4 +14,5 @@ METHOD = offset_method(
     summary="A constant added to the state at every read-out.",
     formula=STATE_FORMULA,
     overhead="one more read-out contraction per token",
+    adds="what each C reads of a constant state to the output",
 )

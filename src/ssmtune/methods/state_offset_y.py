@@ -14,4 +14,5 @@ METHOD = offset_method(
     summary="A constant added to the recurrence's output, before gate and norm.",
     formula="elements of the output (Mamba-1: D_in; Mamba-2: H P; Gated DeltaNet: H_v d_v)",
     overhead="one addition per token",
+    adds="a constant to the recurrence's output",
 )

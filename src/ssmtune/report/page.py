@@ -116,6 +116,9 @@ def _trainable(arm: Arm) -> str:
         return "0"
     planned = next((r["plan"] for r in arm.train if r.get("plan")), None)
     if planned is None:
+        # Of another engine, or of a merged model: there is no training record of that name, and the run is the same.
+        planned = next((e["trained"] for found in arm.evaluations.values() for e in found if e.get("trained")), None)
+    if planned is None:
         return "not recorded"
     return f"{planned['trainable']:,} ({100 * planned['trainable'] / planned['total']:.2g} %)"
 

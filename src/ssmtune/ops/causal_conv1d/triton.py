@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ssmtune.ops.causal_conv1d.kernels import backward_kernel, forward_kernel, gradient_kernel
 from ssmtune.ops.causal_conv1d.reference import check_window
-from ssmtune.ops.causal_conv1d.step_kernel import step_kernel
+from ssmtune.ops.causal_conv1d.step_kernels import step_kernel
 from ssmtune.ops.causal_conv1d.window_kernels import window_back_kernel, window_kernel
 from ssmtune.ops.launch import launch
 

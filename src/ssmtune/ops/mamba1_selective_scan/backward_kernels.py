@@ -103,13 +103,20 @@ def inputs_kernel(x_ptr, dt_ptr, bias_ptr, A_ptr, B_ptr, C_ptr, skip_ptr, z_ptr,
         grad = load_tile(grads_ptr + line * N * D, n, d, N, D, D, 1)
         dA = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dskip, dbias = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+        middle = entering
+        for i in range(L // 2):
+            middle, _, _ = advance(middle, A, bias, x_ptr, dt_ptr, B_ptr, flags_ptr, first + i, d, n, num_steps, D, N,
+                                   x_t, dt_t, B_t, SOFTPLUS, HAS_FLAGS)  # fmt: skip
         for back in range(L // K):
-            # The states of K steps are kept at a time; those before are walked over again.
+            # The states of K steps are kept at a time; those since the chunk's start or middle are walked over again.
             num_before = L - K - back * K
+            since = num_before // (L // 2) * (L // 2)
             start, state = first + num_before, entering
-            for i in range(num_before):
-                state, _, _ = advance(state, A, bias, x_ptr, dt_ptr, B_ptr, flags_ptr, first + i, d, n, num_steps, D,
-                                      N, x_t, dt_t, B_t, SOFTPLUS, HAS_FLAGS)  # fmt: skip
+            if since > 0:
+                state = middle
+            for i in range(num_before - since):
+                state, _, _ = advance(state, A, bias, x_ptr, dt_ptr, B_ptr, flags_ptr, first + since + i, d, n,
+                                      num_steps, D, N, x_t, dt_t, B_t, SOFTPLUS, HAS_FLAGS)  # fmt: skip
             before = (state,)
             for k in tl.static_range(K):
                 state, _, _ = advance(state, A, bias, x_ptr, dt_ptr, B_ptr, flags_ptr, start + k, d, n, num_steps, D,

@@ -30,8 +30,19 @@ def cases() -> list[Case]:
 
     def step(t: Tensors, state: torch.Tensor) -> torch.Tensor:
         x, dt, B, C = (t[name][..., 0] for name in ("x_BDT", "dt_BDT", "B_BNT", "C_BNT"))
-        skip = {"D_D": t["D_D"], "z_BD": t["z_BDT"][..., 0], "dt_bias_D": t["dt_bias_D"]}
-        return mamba1_state_update(state, x, dt, t["A_DN"], B, C, **skip, dt_softplus=True)[..., None]
+        y = mamba1_state_update(
+            state,
+            x,
+            dt,
+            t["A_DN"],
+            B,
+            C,
+            D_D=t["D_D"],
+            z_BD=t["z_BDT"][..., 0],
+            dt_bias_D=t["dt_bias_D"],
+            dt_softplus=True,
+        )
+        return y[..., None]
 
     name, truth = "initial_state_BDN", named_outputs(mamba1_recurrence, OPTIONS)
     tensors = inputs(torch.Generator().manual_seed(9), 1)
