@@ -20,8 +20,8 @@ from ssmtune.ops.linear_cross_entropy import triton as loss_kernels
 from ssmtune.ops.mamba2_chunk_scan import stages
 from ssmtune.ops.mamba2_conv_scan import cases as conv_scan_cases
 from ssmtune.ops.projection import LowRank, projection
+from ssmtune.ops.projection import before as projection_kernels
 from ssmtune.ops.projection import cases as projection_cases
-from ssmtune.ops.projection import triton as projection_kernels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
 

@@ -137,11 +137,11 @@ def _refusal(block: Block, layer: nn.Module, sites: Sequence[Site]) -> str | Non
         return f"it is a {type(layer).__name__}, not a {block.layer_class}"
     for site in sites:
         is_core = site.container == "tensor" and site.path.rpartition(".")[2] in CORE_TENSORS
-        if not is_core and not (site.container == "module" and site.method == "lora"):
+        if not is_core and site.container != "module":
             return f"method {site.method!r} on {site.role}"
     for name, module in layer.named_modules():
         if isinstance(module, LoraLinear) and factors_of(module) is None:
-            return f"{name} carries more than one plain LoRA"
+            return f"{name} carries something else than one plain LoRA"
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             return f"{name} is a {type(module).__name__}"
     return block.refusal(layer)
@@ -163,8 +163,7 @@ def _layer_forward(layer: Any, block: Block) -> Callable[..., Any]:
         if given.get("past_key_values") is not None or given.get("cache_params") is not None or is_cast(hidden):
             return own(*args, **kwargs)
         seq_idx = given.get("seq_idx")
-        for name in ("attention_mask", "mamba_attention_mask"):
-            mask = given.get(name)
+        for mask in (value for name, value in given.items() if name.endswith("attention_mask")):
             documents = documents_of(mask)
             seq_idx = documents if seq_idx is None else seq_idx
             if mask is not None and documents is None and mask.dim() == 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -76,6 +76,18 @@ class Shape:
             "L": CHUNK,
             "BLOCK_H": 16,
         }
+
+
+def shape_of(x_BTHP: torch.Tensor, B_BTGN: torch.Tensor, softplus: bool, limit: tuple[float, float]) -> Shape:
+    """The sizes and switches of a call with these inputs."""
+    # Triton's interpreter, which is what runs on a CPU, multiplies fp32 only.
+    exact = x_BTHP.dtype == torch.float32 or not x_BTHP.is_cuda
+    batch, num_steps, num_heads, width = x_BTHP.shape
+    groups, state = B_BTGN.shape[2:]
+    return _shape(batch, num_steps, num_heads, width, groups, state, softplus, limit, exact)
+
+
+_shape = lru_cache(maxsize=64)(Shape)
 
 
 def dense_rows(t: torch.Tensor) -> torch.Tensor:

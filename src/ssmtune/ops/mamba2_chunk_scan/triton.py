@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from ssmtune.ops.mamba2_chunk_scan.stages import (
     dense_rows,
     entering_states,
     leaving_gradients,
+    shape_of,
     step_sizes,
 )
 
@@ -62,18 +62,6 @@ def mamba2_chunk_scan(
         x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, dt_bias_H, initial_states_BHPN, seq, mask, shape
     )
     return found
-
-
-def shape_of(x_BTHP: torch.Tensor, B_BTGN: torch.Tensor, softplus: bool, limit: tuple[float, float]) -> Shape:
-    """The sizes and switches of a call with these inputs."""
-    # Triton's interpreter, which is what runs on a CPU, multiplies fp32 only.
-    exact = x_BTHP.dtype == torch.float32 or not x_BTHP.is_cuda
-    batch, num_steps, num_heads, width = x_BTHP.shape
-    groups, state = B_BTGN.shape[2:]
-    return _shape(batch, num_steps, num_heads, width, groups, state, softplus, limit, exact)
-
-
-_shape = lru_cache(maxsize=64)(Shape)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ssmtune.ops.causal_conv1d.triton import causal_conv1d
-from ssmtune.ops.mamba2_chunk_scan.triton import Inputs, Into, run_backward, run_forward, shape_of
+from ssmtune.ops.mamba2_chunk_scan.stages import shape_of
+from ssmtune.ops.mamba2_chunk_scan.triton import Inputs, Into, run_backward, run_forward
 from ssmtune.ops.mamba2_conv_scan.reference import split
 
 

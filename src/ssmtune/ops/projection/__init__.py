@@ -12,9 +12,9 @@ import torch
 from ssmtune.ops.backend import Backend, choose
 from ssmtune.ops.precision import outside_autocast
 from ssmtune.ops.projection import reference
-from ssmtune.ops.projection.spec import ACTIVATIONS, Activated, LowRank, Normed, Prologue
+from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Prologue
 
-__all__ = ["ACTIVATIONS", "Activated", "LowRank", "Normed", "projection"]
+__all__ = ["Activated", "LowRank", "Normed", "projection"]
 
 
 @outside_autocast

@@ -6,9 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-ACTIVATIONS = ("silu", "relu2")
-"""Activations that the kernels know; "relu2" is the square of the positive part."""
-
 
 class LowRank(NamedTuple):
     """The factors A [r, I] and B [O, r] of an adapter, what their product is multiplied by, and the dropout before A."""
@@ -31,7 +28,10 @@ class Normed(NamedTuple):
 
 
 class Activated(NamedTuple):
-    """act(x), times `up` [..., I] where it is given; with `halves`, x holds what is activated and, behind it, `up`."""
+    """act(x), times `up` [..., I] where it is given; with `halves`, x holds what is activated and, behind it, `up`.
+
+    Activations are "silu" and "relu2", the square of the positive part.
+    """
 
     activation: str
     up: torch.Tensor | None = None

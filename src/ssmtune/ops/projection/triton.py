@@ -6,35 +6,18 @@ p A^T [..., r] is kept, the prologue's result p is not.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch.autograd.function import once_differentiable
 
-from ssmtune.ops.gated_rms_norm import triton as norm
 from ssmtune.ops.launch import launch
-from ssmtune.ops.projection.kernels import (
-    activate_back_kernel,
-    activate_kernel,
-    add_low_rank_kernel,
-    dropout_kernel,
-)
+from ssmtune.ops.projection.before import Spec, drop, prepare, prepare_back, through_dropout
+from ssmtune.ops.projection.kernels import add_low_rank_kernel
 from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Prologue
 
-
-class _Spec(NamedTuple):
-    """What of a call is no tensor."""
-
-    kind: str
-    """"none", "norm", or an activation."""
-    halves: bool
-    eps: float
-    size: int
-    scale: float
-    multiplier: float
-    dropout: float
-    seed: int
+ADD_BLOCK = {"BLOCK_T": 64, "BLOCK_O": 128, "num_warps": 4}
 
 
 def projection(
@@ -63,7 +46,7 @@ def projection(
             rounded_A, rounded_B = rounded
     # From PyTorch's generator, which a recomputed layer finds as the first computation found it.
     seed = int(torch.randint(2**31, ())) if dropout else 0
-    spec = _Spec(kind, halves, eps, size, scale, multiplier, dropout, seed)
+    spec = Spec(kind, halves, eps, size, scale, multiplier, dropout, seed)
     y: torch.Tensor = _Projection.apply(  # type: ignore[no-untyped-call]
         x, second, norm_weight, weight_OI, bias_O, A, B, residual, rounded_A, rounded_B, spec
     )
@@ -84,9 +67,9 @@ class _Projection(torch.autograd.Function):
         residual: Any,
         rounded_A: Any,
         rounded_B: Any,
-        spec: _Spec,
+        spec: Spec,
     ) -> torch.Tensor:
-        p = _prepare(x, second, norm_weight, spec).flatten(0, -2)
+        p = prepare(x, second, norm_weight, spec).flatten(0, -2)
         m = spec.multiplier
         if residual is not None:
             y = torch.addmm(residual.reshape(-1, weight.shape[0]), p, weight.t(), alpha=m)
@@ -99,7 +82,7 @@ class _Projection(torch.autograd.Function):
         if A is not None:
             if rounded_A is None:
                 rounded_A, rounded_B = A.to(p.dtype), (B * spec.scale).to(p.dtype)
-            v = torch.mm(_drop(p, spec), rounded_A.t())
+            v = torch.mm(drop(p, spec), rounded_A.t())
             add_low_rank(y, v, rounded_B.t(), m)
         ctx.save_for_backward(x, second, norm_weight, weight, rounded_A, rounded_B, v)
         ctx.spec, ctx.lead = spec, x.shape[:-1]
@@ -109,7 +92,7 @@ class _Projection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, second, norm_weight, weight, A, B, v = ctx.saved_tensors
-        spec: _Spec = ctx.spec
+        spec: Spec = ctx.spec
         m = spec.multiplier
         flat = dy.reshape(-1, weight.shape[0])
         dA = dB = dv = None
@@ -122,28 +105,18 @@ class _Projection(torch.autograd.Function):
             dp = product(flat, weight, m)
             if dv is not None:
                 _add_through_dropout(dp, dv, A, spec)
-            dx, dsecond, p = _prepare_back(dp.view(*ctx.lead, -1), x, second, norm_weight, spec, again=A is not None)
+            dx, dsecond, p = prepare_back(dp.view(*ctx.lead, -1), x, second, norm_weight, spec, again=A is not None)
         if dv is not None:
-            p = _prepare(x, second, norm_weight, spec) if p is None else p
-            dA = fp32_product(dv.t(), _drop(p.flatten(0, -2), spec), m)
+            p = prepare(x, second, norm_weight, spec) if p is None else p
+            dA = fp32_product(dv.t(), drop(p.flatten(0, -2), spec), m)
         return dx, dsecond, None, None, None, dA, dB, dy if ctx.needs_input_grad[7] else None, None, None, None
 
 
-def _drop(p: torch.Tensor, spec: _Spec) -> torch.Tensor:
-    """What the low-rank term reads: the same elements dropped at every call with the same seed."""
-    if not spec.dropout:
-        return p
-    out, p = torch.empty_like(p), p.contiguous()
-    launch(dropout_kernel, _blocks(p), p, out, p.numel(), spec.seed, spec.dropout, ADD=False, **BLOCK)
-    return out
-
-
-def _add_through_dropout(dp: torch.Tensor, dv: torch.Tensor, A: torch.Tensor, spec: _Spec) -> None:
+def _add_through_dropout(dp: torch.Tensor, dv: torch.Tensor, A: torch.Tensor, spec: Spec) -> None:
     if not spec.dropout:
         add_low_rank(dp, dv, A, spec.multiplier)
         return
-    through = torch.mm(dv, A).mul_(spec.multiplier)
-    launch(dropout_kernel, _blocks(dp), through, dp, dp.numel(), spec.seed, spec.dropout, ADD=True, **BLOCK)
+    through_dropout(torch.mm(dv, A).mul_(spec.multiplier), dp, spec)
 
 
 def add_low_rank(y: torch.Tensor, v: torch.Tensor, factor: torch.Tensor, alpha: float) -> None:
@@ -168,61 +141,3 @@ def product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
         return torch.mm(a, b)
     unread = torch.empty((), dtype=a.dtype, device=a.device).expand(a.shape[0], b.shape[1])
     return torch.addmm(unread, a, b, beta=0, alpha=factor)
-
-
-def _prepare(x: torch.Tensor, second: Any, norm_weight: Any, spec: _Spec) -> torch.Tensor:
-    """What the projection reads, dense."""
-    if spec.kind == "none":
-        return x
-    if spec.kind == "norm":
-        return norm.run_forward(x, norm_weight, second, spec.eps, spec.size)
-    first, up = _parts(x, second, spec)
-    y = torch.empty(*x.shape[:-1], first.shape[-1], dtype=x.dtype, device=x.device)
-    launch(activate_kernel, _grid(first),
-        first, up, y, *first.shape, first.stride(0), 0 if up is None else up.stride(0), SILU=spec.kind == "silu",
-        HAS_UP=up is not None, **BLOCK,
-    )  # fmt: skip
-    return y
-
-
-def _prepare_back(
-    dp: torch.Tensor, x: torch.Tensor, second: Any, norm_weight: Any, spec: _Spec, *, again: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of x and of the gate or `up`, and with `again` what the projection reads, where it costs no read."""
-    if spec.kind == "none":
-        return dp, None, x
-    if spec.kind == "norm":
-        dx, dgate, _, p = norm.run_backward(dp, x, norm_weight, second, spec.eps, spec.size, again=again)
-        return dx, dgate, p
-    first, up = _parts(x, second, spec)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dsecond = None if second is None else torch.empty(second.shape, dtype=x.dtype, device=x.device)
-    dfirst, dup = _parts(dx, dsecond, spec)
-    y = torch.empty_like(dp) if again else None
-    launch(activate_back_kernel, _grid(first),
-        first, up, dp, dfirst, dup, y, *first.shape, first.stride(0), 0 if up is None else up.stride(0),
-        dfirst.stride(0), 0 if dup is None else dup.stride(0), SILU=spec.kind == "silu", HAS_UP=up is not None,
-        AGAIN=again, **BLOCK,
-    )  # fmt: skip
-    return dx, dsecond, y
-
-
-def _parts(x: torch.Tensor, second: torch.Tensor | None, spec: _Spec) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What is activated and what it is multiplied by, [rows, width] each, views with a contiguous last dimension."""
-    rows = norm.as_rows(x)
-    if spec.halves:
-        width = rows.shape[1] // 2
-        return rows[:, :width], rows[:, width:]
-    return rows, None if second is None else norm.as_rows(second)
-
-
-BLOCK = {"BLOCK": 1024, "num_warps": 4}
-ADD_BLOCK = {"BLOCK_T": 64, "BLOCK_O": 128, "num_warps": 4}
-
-
-def _grid(first: torch.Tensor) -> tuple[int, int]:
-    return first.shape[0], int(triton.cdiv(first.shape[1], BLOCK["BLOCK"]))
-
-
-def _blocks(t: torch.Tensor) -> tuple[int]:
-    return (int(triton.cdiv(t.numel(), BLOCK["BLOCK"])),)
