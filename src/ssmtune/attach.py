@@ -26,6 +26,8 @@ from ssmtune.operations import install_operations
 from ssmtune.ops.seam import Call
 from ssmtune.peft_layers import lora_config, settle_magnitudes, tuner_for_every_projection, unwrap
 from ssmtune.plan import Plan, Site, refuse_other_model
+from ssmtune.quantize import refuse_wrong_four_bits
+from ssmtune.quantized import Quantized, dense, is_quantized, quantized_of
 from ssmtune.selection import choose_at_attach
 from ssmtune.virtual_tokens import install_virtual_tokens
 
@@ -64,7 +66,7 @@ class AdaptedModel(PeftModelForCausalLM):
         object.__setattr__(self, "_parameter_order", order)
         object.__setattr__(self, "_operations", install_operations(model, find_family(model.config.model_type)[1]))
         try:
-            with warnings.catch_warnings(), tuner_for_every_projection():
+            with warnings.catch_warnings(), tuner_for_every_projection(model):
                 # PEFT reads an attribute that transformers has renamed.
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
                 super().__init__(model, lora_config(plan))
@@ -87,6 +89,11 @@ class AdaptedModel(PeftModelForCausalLM):
         """What each recurrent module was last given beside its input, by its name in the base model."""
         calls: dict[str, Call] = self._operations.calls
         return calls
+
+    @property
+    def quantized(self) -> Quantized | None:
+        """What of the base is in 4 bits, None where nothing is."""
+        return quantized_of(self.base_model.model)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return every trained parameter by name: PEFT's factors under their module names, edits under their tensor's."""
@@ -236,12 +243,13 @@ def attach(model: PreTrainedModel, plan: Plan, fast: Fast = "auto") -> AdaptedMo
 
     Trained parameters are fp32 and start as the identity. Nothing of transformers' classes is changed;
     `adapted.detach()` gives the model back bitwise.
-    Raises `PlanMismatch` when the plan was made for another architecture, before anything is touched;
-    `AttachError` when the model already carries adapters, or `fast="require"` cannot be served.
+    Raises `PlanMismatch` when the plan was made for another architecture, before anything is touched; `AttachError` when
+    the model already carries adapters, other tensors are in 4 bits than it says, or `fast="require"` cannot be served.
 
     >>> adapted = attach(model, make_plan(model, "all+core"))    # doctest: +SKIP
     """
     refuse_adapted(model)
+    refuse_wrong_four_bits(model)
     inventory = refuse_other_model(model, plan)
     if fast == "require":
         raise AttachError(
@@ -273,10 +281,14 @@ def _apply_edits(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit
         assert method.make_edit is not None
         weight = base_tensor(model, site.path)
         options = decode(method.Options, site.options, where=f"plan, {site.path}")
-        edit = method.make_edit(weight, site.rows, options).to(weight.device)
+        edit = method.make_edit(dense(weight), site.rows, options).to(weight.device)
         edits[site.key] = cast(TensorEdit, edit)
         for path in names[id(base_tensor(model, site.path))]:
             owner, name = owner_of(model, path)
+            if is_quantized(weight) and not parametrize.is_parametrized(owner, name):
+                from ssmtune.four_bit import Dequantized
+
+                parametrize.register_parametrization(owner, name, Dequantized(), unsafe=True)
             # unsafe: the effective tensor may be fp32 where the base is bf16, which is the point.
             parametrize.register_parametrization(owner, name, edit, unsafe=True)
 
@@ -304,7 +316,7 @@ def _apply_additions(
 
 def _site_tensor(model: nn.Module, site: Site) -> torch.Tensor:
     """The rows of the untouched base tensor that a site edits."""
-    tensor = base_tensor(model, site.path).detach()
+    tensor = dense(base_tensor(model, site.path)).detach()
     return tensor if site.rows is None else torch.cat([tensor[first:end] for first, end in site.rows])
 
 

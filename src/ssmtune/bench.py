@@ -21,6 +21,7 @@ import pydantic
 from ssmtune.config import STRICT
 from ssmtune.errors import CheckFailed, ConfigError
 from ssmtune.models import model_location
+from ssmtune.quantized import QuantizeConfig
 from ssmtune.records import new_record
 
 Side = Literal["ssmtune", "transformers+peft"]
@@ -49,6 +50,8 @@ class BenchConfig:
     repeats: int = pydantic.Field(default=3, ge=1)
     recompute: bool = False
     """Keep only the inputs of each layer for the backward pass and compute the rest again."""
+    quantize: QuantizeConfig | None = None
+    """What of the base is in 4 bits, on both sides."""
     peer: bool = True
     """Whether transformers + PEFT runs too."""
 

@@ -21,7 +21,7 @@ GRANITE = Path(__file__).parent.parent / "data" / "granite_4_h_micro.json"
 
 OPTIONS = {
     "demo": {"out", "json_output"},
-    "inspect": {"model", "json_output"},
+    "inspect": {"model", "quantize", "json_output"},
     "methods": {"json_output"},
     "plan": {
         "model",
@@ -67,6 +67,7 @@ OPTIONS = {
         "steps",
         "repeats",
         "recompute",
+        "quantize",
         "peer",
         "out",
         "json_output",
