@@ -32,8 +32,8 @@ HALVES = ("recurrent.in", "recurrent.out")
 OUTPUTS = ("out", "output")
 """Last part of the roles of the projections that follow a recurrence."""
 NEVER = {
-    "embedding": "embeddings and the head are read by token, and decide every logit",
-    "core": "the core is small and read raw",
+    "embedding": "embeddings decide every logit",
+    "core": "the core is read raw",
     "conv": "a convolution is read raw",
     "norm": "norms are vectors",
     "other": "no method adapts it",
@@ -136,7 +136,7 @@ def _obstacle(
     if component.path in inventory.tied.values():
         return "several modules share it"
     if max(component.shape) >= config.narrow * min(component.shape):
-        return f"small: one side is {config.narrow} times shorter than the other, or more"
+        return f"small: one side is {config.narrow} times shorter, or more"
     return ""
 
 

@@ -83,12 +83,14 @@ def inspect(
 
 def _print_bytes(model: str, four_bits: dict[str, Any]) -> None:
     before, after = four_bits["bytes_before"], four_bits["bytes_after"]
-    title = f"{model}: {before:,} bytes, {after:,} with {four_bits['parameters']:,} parameters in 4 bits ({after / before:.1%})"
-    headings = ("role", "tensors", "parameters", "bytes", "then", "why not in 4 bits")
-    table = make_table(title, *headings, numbers=headings[1:5], wrap=headings[-1:])
+    title = (
+        f"{model}: {before / 1e6:,.1f} MB, {after / 1e6:,.1f} MB with {four_bits['parameters']:,} parameters in 4 bits"
+    )
+    headings = ("role", "tensors", "MB", "then", "reason to stay")
+    table = make_table(title, *headings, numbers=headings[1:4], wrap=headings[-1:])
     for row in four_bits["roles"]:
-        numbers = (f"{row[name]:,}" for name in ("tensors", "parameters", "bytes_before", "bytes_after"))
-        table.add_row(row["role"], *numbers, row["reason"])
+        sizes = (f"{row[name] / 1e6:,.2f}" for name in ("bytes_before", "bytes_after"))
+        table.add_row(row["role"], f"{row['tensors']:,}", *sizes, row["reason"])
     print_table(table)
     tables().print(
         "Weights alone, in the config's precision. 'components' of a quantize block chooses: groups, recurrent.in, "
