@@ -18,7 +18,9 @@ from ssmtune.export.base import get_target, target_names
 from ssmtune.families.base import family_names, get_family
 from ssmtune.inventory import take_inventory
 from ssmtune.methods.base import get_method, method_names
-from ssmtune.models import weightless
+from ssmtune.models import empty_model, weightless
+from ssmtune.quantize import choose, summary
+from ssmtune.quantized import QuantizeConfig
 from ssmtune.records import read_record
 from ssmtune.report.markdown import study_markdown, update_generated
 from ssmtune.tasks.base import get_task, task_names
@@ -36,6 +38,8 @@ POSITIONS = {"state.prompt", "state.prefix"}
 """Roles of learned positions, which lie before the whole model and are no part of a recurrence."""
 HANKEL_STEP = BENCH / "hankel-step-cpu.json"
 TRACKING = ROOT / "records/studies/state-tracking.json.gz"
+QLORA = ROOT / "records/studies/qlora-curve.json"
+GRANITE_MICRO = ROOT / "tests/data/granite_4_h_micro.json"
 METHOD_FAMILIES = ROOT / "src/ssmtune/assets/method_families.json"
 
 
@@ -526,6 +530,70 @@ def s4_rates() -> str:
     return table(["arm", *rates], rows)
 
 
+def qlora_bytes() -> str:
+    """Bytes of each role of Granite-4.0-H-Micro with the default quantize block, largest first."""
+    found = summary(choose(empty_model(str(GRANITE_MICRO)), QuantizeConfig()), QuantizeConfig())
+    megabyte = 1e6
+    rows = [
+        [
+            f"`{row['role']}`",
+            f"{row['bytes_before'] / megabyte:,.1f}",
+            f"{row['bytes_after'] / megabyte:,.1f}",
+            row["reason"],
+        ]
+        for row in sorted(found["roles"], key=lambda row: -row["bytes_before"])
+        if row["bytes_before"] >= megabyte
+    ]
+    rows.append(["all", *(f"{found[key] / megabyte:,.1f}" for key in ("bytes_before", "bytes_after")), ""])
+    return table(["role", "MB", "MB with 4 bits", "why not in 4 bits"], rows)
+
+
+def qlora_setting() -> str:
+    """What the arms of the 4-bit comparison share."""
+    record = read_record(QLORA, kind="synthetic")
+    rows = [[f"`{key}`", str(value)] for key, value in record["config"].items() if key != "arms"]
+    rows.append(["device", record["environment"]["device"]])
+    rows.append(["CPU time", f"{record['cpu_seconds']:.0f} s"])
+    return table(["", ""], rows)
+
+
+def qlora_curve() -> str:
+    """Training loss of each arm in four stretches, and how far its steps are from those in full precision."""
+    arms = read_record(QLORA, kind="synthetic")["arms"]
+    num = len(next(iter(arms.values()))["losses"][0])
+    bounds = [round(part * num / 4) for part in range(5)]
+    stretches = list(zip(bounds, bounds[1:], strict=False))
+    reference = next(iter(arms.values()))["losses"]
+    rows = []
+    for name, arm in arms.items():
+        means = [statistics.mean(x for losses in arm["losses"] for x in losses[a:b]) for a, b in stretches]
+        pairs = [
+            (x, y) for one, two in zip(arm["losses"], reference, strict=True) for x, y in zip(one, two, strict=True)
+        ]
+        distance = statistics.mean(abs(x - y) for x, y in pairs)
+        rows.append([name, *(f"{mean:.3f}" for mean in means), f"{distance:.3f}"])
+    return table(["arm", *(f"steps {a + 1}-{b}" for a, b in stretches), "distance"], rows)
+
+
+def qlora_held_out() -> str:
+    """Held-out loss of each arm before and after training, as trained and on the original weights."""
+    record = read_record(QLORA, kind="synthetic")
+    differences = {(c["arm"], c["base"]): c for c in record["comparisons"]}
+    rows = []
+    for name, arm in record["arms"].items():
+        for base, interval in arm["mean"].items():
+            found = differences.get((name, base))
+            difference = (
+                "" if found is None else f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+            )
+            held = arm["weights"]
+            share = "" if held is None or base == "merged" else f"{held['bytes_after'] / held['bytes_before']:.0%}"
+            untrained = f"{arm['untrained']:.3f}" if base == "as trained" else ""
+            rows.append([name, base, share, untrained, interval_cell(interval), difference])
+    headings = ["arm", "base", "bytes of the weights", "untrained", "trained", "difference to full precision"]
+    return table(headings, rows)
+
+
 def merge_cost() -> str:
     """What merging a model of full size costs, beside a copy of its files."""
     record = read_record(MERGE, kind="export")
@@ -579,6 +647,12 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/studies/granite.md": {"study": study_tables, "core": core_movement},
     "docs/methods/hankel.md": {"hankel-step": hankel_step},
+    "docs/methods/qlora.md": {
+        "qlora-bytes": qlora_bytes,
+        "qlora-setting": qlora_setting,
+        "qlora-curve": qlora_curve,
+        "qlora-held-out": qlora_held_out,
+    },
     "docs/studies/state-tracking.md": {
         "setting": tracking_setting,
         "training": tracking_training,

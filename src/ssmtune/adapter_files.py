@@ -27,6 +27,7 @@ from ssmtune.config import decode, read_json
 from ssmtune.errors import AdapterMismatch, ConfigError, PlanMismatch, nearest
 from ssmtune.methods.base import Scheduled, get_method
 from ssmtune.plan import Plan
+from ssmtune.quantized import Quantized, note_other_base, quantized_of
 from ssmtune.records import file_sha256, write_bytes, write_json
 from ssmtune.selection import put, sparse_edits
 
@@ -41,8 +42,10 @@ PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OUR_CONFIG, OUR_TENSORS = "ssmtune.json", "ssmtune.safetensors"
 SMALL_ADAPTER = 1 << 20
 """Parameters that may be allocated for any adapter, however little its files hold."""
-FACTS = frozenset({"format", "base_model", "base_digest", "run_id", "step", "plan", "discarded", "values", "sha256"})
-"""Fields of ssmtune.json."""
+FACTS = frozenset(
+    {"format", "base_model", "base_digest", "run_id", "step", "plan", "discarded", "values", "sha256", "quantization"}
+)
+"""Fields of ssmtune.json; the last only where the base was in 4 bits."""
 FILES = (PEFT_CONFIG, PEFT_TENSORS, OUR_TENSORS, OUR_CONFIG)
 
 
@@ -58,6 +61,8 @@ class SavedAdapter:
     discarded: frozenset[str]
     peft_tensors: Mapping[str, torch.Tensor]
     our_tensors: Mapping[str, torch.Tensor]
+    quantized: Quantized | None = None
+    """What of the base was in 4 bits when the adapter was trained."""
 
 
 def write(adapted: AdaptedModel, directory: Path, *, step: int, run_id: str, discard: bool = True) -> None:
@@ -87,6 +92,7 @@ def write(adapted: AdaptedModel, directory: Path, *, step: int, run_id: str, dis
             "discarded": sorted(dropped),
             "values": {s.key: get_method(s.method).value_kind for s in adapted.plan.sites if s.container != "module"},
             "sha256": {name: file_sha256(directory / name) for name in (PEFT_TENSORS, OUR_TENSORS)},
+            **({} if adapted.quantized is None else {"quantization": adapted.quantized.to_dict()}),
         },
     )
 
@@ -151,6 +157,9 @@ def read(directory: Path) -> SavedAdapter:
         digests = dict(facts["sha256"])
         saved_base, run_id, step = str(facts["base_digest"]), str(facts["run_id"]), int(facts["step"])
         version, discarded = facts["format"], frozenset(map(str, facts["discarded"]))
+        quantized = Quantized.from_dict(facts["quantization"]) if "quantization" in facts else None
+        if quantized is not None and quantized.base_digest != saved_base:
+            raise ConfigError(f"quantization is of base {quantized.base_digest}, the adapter of {saved_base}")
     except (PlanMismatch, ConfigError) as error:
         raise AdapterMismatch(f"{directory / OUR_CONFIG}: cannot be read: {error}") from None
     except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -192,12 +201,17 @@ def read(directory: Path) -> SavedAdapter:
         discarded=discarded,
         peft_tensors=peft_tensors,
         our_tensors=our_tensors,
+        quantized=quantized,
     )
 
 
 def check_base(saved: SavedAdapter, base_model: PreTrainedModel) -> None:
-    """Raise `AdapterMismatch` when the adapter was trained on other base weights than `base_model`'s."""
+    """Raise `AdapterMismatch` when the adapter was trained on other base weights than `base_model`'s.
+
+    Warns with `QuantizationNote` where the same weights are in 4 bits here or there alone, or with other codes.
+    """
     refuse_other_base(saved, base_digest(base_model))
+    note_other_base(saved.quantized, quantized_of(base_model), str(saved.directory))
 
 
 def _refuse_other_discards(directory: Path, discarded: Collection[str], allowed: Collection[str]) -> None:

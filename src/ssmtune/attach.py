@@ -16,9 +16,10 @@ from torch.nn.utils import parametrize
 from ssmtune import adapter_files
 from ssmtune.adapter_files import SavedAdapter
 from ssmtune.base_digest import base_digest
-from ssmtune.base_tensors import base_tensor, names_by_tensor, owner_of
+from ssmtune.base_tensors import owner_of
 from ssmtune.branches import BranchHooks
 from ssmtune.config import decode
+from ssmtune.edits import apply_additions, apply_edits, site_tensor
 from ssmtune.errors import AdapterMismatch, AttachError
 from ssmtune.families.base import find_family
 from ssmtune.fast.base import FastLayers, install_fast
@@ -27,6 +28,8 @@ from ssmtune.operations import install_operations
 from ssmtune.ops.seam import Call
 from ssmtune.peft_layers import lora_config, settle_magnitudes, tuner_for_every_projection, unwrap
 from ssmtune.plan import Plan, Site, refuse_other_model
+from ssmtune.quantize import refuse_wrong_four_bits
+from ssmtune.quantized import Quantized, quantized_of
 from ssmtune.selection import choose_at_attach
 from ssmtune.virtual_tokens import install_virtual_tokens
 
@@ -65,20 +68,20 @@ class AdaptedModel(PeftModelForCausalLM):
         object.__setattr__(self, "_parameter_order", order)
         object.__setattr__(self, "_operations", install_operations(model, find_family(model.config.model_type)[1]))
         try:
-            with warnings.catch_warnings(), tuner_for_every_projection():
+            with warnings.catch_warnings(), tuner_for_every_projection(model):
                 # PEFT reads an attribute that transformers has renamed.
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
                 super().__init__(model, lora_config(plan))
             if digest is None:
                 settle_magnitudes(model)
-            _apply_edits(model, plan, self.edits)
+            apply_edits(model, plan, self.edits)
             if any(site.container == "branch" for site in plan.sites):
                 object.__setattr__(self, "_branches", BranchHooks(model, find_family(model.config.model_type)[1]))
-            _apply_additions(model, plan, self.edits, self._branches)
+            apply_additions(model, plan, self.edits, self._branches)
             if any(site.role in ("state.prompt", "state.prefix") for site in plan.sites):
                 self._operations.hooks.extend(install_virtual_tokens(model, find_family(model.config.model_type)[1]))
             if digest is None:
-                choose_at_attach(plan, self.edits, lambda site: _site_tensor(model, site))
+                choose_at_attach(plan, self.edits, lambda site: site_tensor(model, site))
         except BaseException:
             self._take_off(model)
             raise
@@ -88,6 +91,11 @@ class AdaptedModel(PeftModelForCausalLM):
         """What each recurrent module was last given beside its input, by its name in the base model."""
         calls: dict[str, Call] = self._operations.calls
         return calls
+
+    @property
+    def quantized(self) -> Quantized | None:
+        """What of the base is in 4 bits, None where nothing is."""
+        return quantized_of(self.base_model.model)
 
     def use_fast_layers(self) -> FastLayers:
         """Put the family's rewritten layers under the model where they can serve, and say in `fast_block` what runs."""
@@ -247,12 +255,13 @@ def attach(model: PreTrainedModel, plan: Plan, fast: Fast = "auto") -> AdaptedMo
     Trained parameters are fp32 and start as the identity. Nothing of transformers' classes is changed;
     `fast`: "auto" rewrites decoder layers on a GPU where it can (`fast.base`), "off" never, "require" all of them.
     `adapted.detach()` gives the model back bitwise.
-    Raises `PlanMismatch` when the plan was made for another architecture, before anything is touched;
-    `AttachError` when the model already carries adapters, or `fast="require"` cannot be served.
+    Raises `PlanMismatch` when the plan was made for another architecture, before anything is touched; `AttachError` when
+    the model already carries adapters, other tensors are in 4 bits than it says, or `fast="require"` cannot be served.
 
     >>> adapted = attach(model, make_plan(model, "all+core"))    # doctest: +SKIP
     """
     refuse_adapted(model)
+    refuse_wrong_four_bits(model)
     refuse_other_model(model, plan)
     adapted = AdaptedModel(model, plan)
     adapted.require_gradients()
@@ -276,51 +285,6 @@ def refuse_adapted(model: PreTrainedModel) -> None:
             "the model already carries adapters; wrapping it a second time would leave one set unloaded or untrained. "
             "Detach them first (adapted.detach()), merge them (ssmtune.merge), or load the base model again."
         )
-
-
-def _apply_edits(model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit]) -> None:
-    """Put the plan's tensor edits on `model` and into `edits`, one by one, so that a failure can be undone."""
-    names = names_by_tensor(model)
-    for site in plan.sites:
-        if site.container != "tensor":
-            continue
-        method = get_method(site.method)
-        assert method.make_edit is not None
-        weight = base_tensor(model, site.path)
-        options = decode(method.Options, site.options, where=f"plan, {site.path}")
-        edit = method.make_edit(weight, site.rows, options).to(weight.device)
-        edits[site.key] = cast(TensorEdit, edit)
-        for path in names[id(base_tensor(model, site.path))]:
-            owner, name = owner_of(model, path)
-            # unsafe: the effective tensor may be fp32 where the base is bf16, which is the point.
-            parametrize.register_parametrization(owner, name, edit, unsafe=True)
-
-
-def _apply_additions(
-    model: PreTrainedModel, plan: Plan, edits: dict[str, TensorEdit], branches: BranchHooks | None
-) -> None:
-    """Put states into their recurrences, where the operations find them, and branches into their blocks, which hooks run."""
-    for site in plan.sites:
-        if not site.is_added:
-            continue
-        method = get_method(site.method)
-        make = method.make_state if site.container == "state" else method.make_branch
-        assert make is not None
-        parent, _, name = site.path.rpartition(".")
-        module = model.get_submodule(parent)
-        options = decode(method.Options, site.options, where=f"plan, {site.path}")
-        edit = make(site.shape, options).to(next(module.parameters(), next(model.parameters())).device)
-        module.add_module(name, edit)
-        edits[site.key] = cast(TensorEdit, edit)
-        if site.container == "branch":
-            assert branches is not None
-            branches.add(parent, module, edit)
-
-
-def _site_tensor(model: nn.Module, site: Site) -> torch.Tensor:
-    """The rows of the untouched base tensor that a site edits."""
-    tensor = base_tensor(model, site.path).detach()
-    return tensor if site.rows is None else torch.cat([tensor[first:end] for first, end in site.rows])
 
 
 def load(base_model: PreTrainedModel, directory: str | Path, *, trainable: bool = False) -> AdaptedModel:

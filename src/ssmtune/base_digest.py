@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ssmtune.errors import AttachError
+from ssmtune.quantized import is_quantized, logical_shape, quantized_of, scales_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,15 +24,30 @@ def base_digest(model: nn.Module) -> str:
     """Return 16 hex digits over every parameter's name, shape and up to 256 evenly spaced values (as fp32).
 
     Values are compared as fp32 so that a checkpoint loaded in another dtype of the same values is the same base;
-    a base rounded to a narrower dtype is another one. A model on the meta device has no values and is refused.
+    a base rounded to a narrower dtype is another one. A base in 4 bits is the one that it was quantised from
+    (`Quantized` has a digest of its own). A model on the meta device has no values and is refused.
     """
+    quantized = quantized_of(model)
+    return weights_digest(model) if quantized is None else quantized.base_digest
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return the digest of the weights as they are held: of what is in 4 bits, codes and scales. Raises as `base_digest`."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise AttachError(
             "the model has no weights (meta device), so nothing can be attached. Load it with its weights."
         )
     return digest_of_samples(
-        (name, tuple(parameter.shape), sample_of(parameter.detach())) for name, parameter in model.named_parameters()
+        sample for name, parameter in model.named_parameters() for sample in _samples(name, parameter)
     )
+
+
+def _samples(name: str, parameter: torch.Tensor) -> list[Sample]:
+    held = [(name, logical_shape(parameter), sample_of(parameter.detach()))]
+    if is_quantized(parameter):
+        scales = scales_of(parameter).items()
+        held += [(f"{name}.{kind}", tuple(value.shape), sample_of(value)) for kind, value in scales]
+    return held
 
 
 def sample_of(tensor: torch.Tensor) -> torch.Tensor:

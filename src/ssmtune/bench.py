@@ -21,6 +21,7 @@ import pydantic
 from ssmtune.config import STRICT
 from ssmtune.errors import CheckFailed, ConfigError
 from ssmtune.models import model_location
+from ssmtune.quantized import QuantizeConfig
 from ssmtune.records import new_record
 
 Side = Literal["ssmtune", "transformers+peft"]
@@ -50,6 +51,8 @@ class BenchConfig:
     repeats: int = pydantic.Field(default=3, ge=1)
     memory: Literal["fast", "balanced", "small"] = "fast"
     """What is kept for the backward pass (`memory`); for anything but "fast" the peer recomputes every layer."""
+    quantize: QuantizeConfig | None = None
+    """What of the base is in 4 bits, on both sides."""
     peer: bool = True
     """Whether transformers + PEFT runs too."""
 

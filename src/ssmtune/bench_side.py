@@ -24,9 +24,10 @@ from ssmtune.config import decode
 from ssmtune.errors import ConfigError
 from ssmtune.inventory import Inventory, take_inventory
 from ssmtune.methods.base import get_method
-from ssmtune.models import load_config, load_model, model_location
+from ssmtune.models import Dtype, load_config, model_location
 from ssmtune.placement import named_recipe
 from ssmtune.plan import Plan, make_plan
+from ssmtune.quantize import load_base, quantization_facts, quantize
 from ssmtune.records import write_json
 from ssmtune.train import OptimizerConfig, peak_memory
 
@@ -67,6 +68,7 @@ def measure(config: BenchConfig, side: str) -> dict[str, Any]:
         "tokens": list(tokens.shape),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
+        "quantization": quantization_facts(model),
     }
     floor_s = _floor_seconds(inventory, config, model.dtype) if side == "ssmtune" else None
     # Found by the base model's names, before adapters change them.
@@ -116,14 +118,13 @@ def _base_model(config: BenchConfig) -> PreTrainedModel:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device 'cuda': torch {torch.__version__} sees no GPU here. Use 'cpu'.")
     if not model_location(config.model).endswith(".json"):
-        return load_model(
-            config.model, dtype="float32" if config.device == "cpu" else "auto", device=config.device
-        ).train()
+        dtype: Dtype = "float32" if config.device == "cpu" else "auto"
+        return load_base(config.model, dtype=dtype, device=config.device, quantize_config=config.quantize).train()
     model_config = load_config(config.model)
-    dtype = torch.float32 if config.device == "cpu" else model_config.dtype or torch.bfloat16
+    precision = torch.float32 if config.device == "cpu" else model_config.dtype or torch.bfloat16
     with torch.device(config.device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    return model.train()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, dtype=precision)
+    return (model if config.quantize is None else quantize(model, config.quantize)).train()
 
 
 def _batch(config: BenchConfig, vocab_size: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ssmtune.component import BRANCH, Component, layer_of
 from ssmtune.errors import UnsupportedModel
 from ssmtune.families.base import Claim, Family, Topology, check_config, find_family
+from ssmtune.quantized import logical_shape
 from ssmtune.records import digest
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def take_inventory(model: PreTrainedModel) -> Inventory:
             group=claim.group,
             layer=layer,
             path=path,
-            shape=tuple(parameter.shape),
+            shape=logical_shape(parameter),
             access=claim.access,
         )
         components.append(component)

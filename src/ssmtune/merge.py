@@ -20,10 +20,12 @@ from ssmtune.base_digest import base_digest
 from ssmtune.base_stream import StreamedBase, place_tensor
 from ssmtune.base_tensors import base_tensor, owner_of
 from ssmtune.errors import AttachError, CheckFailed, ConfigError
+from ssmtune.merge_difference import difference_to_training
 from ssmtune.merged_files import copy_beside, refuse_merged, write_provenance
 from ssmtune.methods._low_rank import decomposed
-from ssmtune.models import Dtype, load_model, load_tokenizer, model_location
+from ssmtune.models import Dtype, load_config, load_model, load_tokenizer, model_location
 from ssmtune.peft_layers import module_name
+from ssmtune.quantized import dense, other_base_expected, refuse_four_bits
 from ssmtune.records import file_sha256
 from ssmtune.restore import edited_roles, give_back, restored_rows
 from ssmtune.rounding import Survival, rounding_of, survival_by_role, survival_of
@@ -52,7 +54,11 @@ def merge(adapted: AdaptedModel, *, restore: Sequence[str] = ()) -> PreTrainedMo
 
 
 def merge_tensors(adapted: AdaptedModel, *, restore: Sequence[str] = ()) -> PreTrainedModel:
-    """Return the plain model with every edit of a tensor in its weights; what is no tensor's is taken off and lost."""
+    """Return the plain model with every edit of a tensor in its weights; what is no tensor's is taken off and lost.
+
+    Raises `AttachError` for a base in 4 bits.
+    """
+    refuse_four_bits(adapted.base_model.model, "merge")
     merged = effective_tensors(adapted)
     _give_back_all(merged, adapted, restore)
     base = adapted.detach()
@@ -89,12 +95,13 @@ def effective_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
 def _effective(adapted: AdaptedModel, path: str) -> torch.Tensor:
     sites = [site for site in adapted.plan.sites if site.path == path]
     tensor = base_tensor(adapted.base_model.model, path)
-    value, narrow = tensor.detach().float(), tensor.data
+    value, narrow = dense(tensor).detach().float(), tensor.data
     for site in sites:
         if site.container == "module":
             layer = _lora_layer(adapted, path, module_name(site))
             # PEFT gives the change of packed experts in the dtype of their tensor, which would round it before the sum.
-            tensor.data = value
+            if len(site.shape) == 3:
+                tensor.data = value
             change: torch.Tensor = layer.get_delta_weight("default").float()
             tensor.data = narrow
             # Into the change, which is new: `value` is the base itself where that is fp32.
@@ -131,7 +138,7 @@ def survival_report(adapted: AdaptedModel, dtype: torch.dtype = torch.bfloat16) 
     roles = edited_roles(adapted.plan)
     with torch.no_grad():
         return [
-            survival_of(path, roles[path], base_tensor(adapted.base_model.model, path), value, dtype)
+            survival_of(path, roles[path], dense(base_tensor(adapted.base_model.model, path)), value, dtype)
             for path, value in effective_tensors(adapted).items()
         ]
 
@@ -187,7 +194,7 @@ def merge_to(
     location = Path(model_location(name))
     refuse_merged(location, result["adapter_sha256"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+    with other_base_expected(), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         draft = Path(scratch) / "streamed"
         draft.mkdir()
         try:
@@ -203,6 +210,8 @@ def merge_to(
                 saved, name, draft, dtype, restore=restore, core_float32=core_float32, make_plain=make_plain
             )
             result |= merged | {"in_memory": str(reason)}
+        if saved.quantized is not None:
+            result["quantization"] = difference_to_training(saved, name, draft, _small_prompts(draft))
         write_provenance(draft, result)
         draft.rename(out)
     return result
@@ -292,20 +301,29 @@ def _stream(
                     rounding.append(rounding_of(path, roles[path], exact, tensors[n]))
             output.put(unit, tensors)
         digest = output.finish()
-        small = output.num_bytes <= SMALL_BYTES
+    ids_BT = _small_prompts(draft)
     return {
         "dtype": str(output.dtype).removeprefix("torch."),
         "survival": survival_by_role(survival),
         "rounding": rounding,
         "left_out": base.left_out,
         "merged_digest": digest,
-        "prompts": _compare_small(saved, name, draft, base.dtype, restore) if small else None,
+        "prompts": _compare_small(saved, name, draft, base.dtype, restore, ids_BT) if ids_BT is not None else None,
         "in_memory": "",
     }
 
 
+def _small_prompts(draft: Path) -> torch.Tensor | None:
+    """Tokens [B, T] for a merged model that is small enough to be run; None for a larger one."""
+    if sum(path.stat().st_size for path in draft.glob("*.safetensors")) > SMALL_BYTES:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = load_config(str(draft)).get_text_config().vocab_size
+    return torch.randint(vocab_size, (NUM_PROMPTS, 33), generator=generator)
+
+
 def _compare_small(
-    saved: SavedAdapter, name: str, draft: Path, dtype: torch.dtype, restore: Sequence[str]
+    saved: SavedAdapter, name: str, draft: Path, dtype: torch.dtype, restore: Sequence[str], ids_BT: torch.Tensor
 ) -> dict[str, Any]:
     """Compare what was streamed with the adapted model in memory: every tensor bit for bit, and some logits.
 
@@ -324,8 +342,6 @@ def _compare_small(
                 f"{path}: the tensor that was written is not the one that merging in memory gives. Nothing is left at the "
                 "place named; this is a fault of ssmtune, please report it with the base's config."
             )
-    generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(merged.config.get_text_config().vocab_size, (NUM_PROMPTS, 33), generator=generator)
     with torch.no_grad():
         expected, found = (model(input_ids=ids_BT, use_cache=False).logits.float() for model in (adapted, merged))
     difference, scale = (found - expected).abs(), float(expected.abs().max())

@@ -70,6 +70,9 @@ def _model_card(result: Mapping[str, Any]) -> str:
     )
     restored = f"Restored to the base's values: {', '.join(result['restored'])}.\n\n" if result["restored"] else ""
     core = " The core (`A_log`, `D`, `dt_bias`) is fp32 in the file." if result["core_float32"] else ""
+    quantized = result.get("quantization")
+    if quantized is not None:
+        core += f" Trained on the base in {quantized['trained_on']}, merged into the original weights."
     adapter = "\n".join(f"- `{name}`: sha256 {value}" for name, value in result["adapter_sha256"].items())
     return (
         f"# Merged model\n\n"

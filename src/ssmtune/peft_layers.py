@@ -17,6 +17,7 @@ from ssmtune.errors import AttachError
 from ssmtune.methods.base import get_method
 from ssmtune.methods.lora import effective_alpha
 from ssmtune.plan import Plan, Site
+from ssmtune.quantized import dense, quantized_of
 
 
 class _ProjectionTuner(LoraModel):  # type: ignore[misc]
@@ -31,13 +32,17 @@ class _ProjectionTuner(LoraModel):  # type: ignore[misc]
 
 
 @contextmanager
-def tuner_for_every_projection() -> Iterator[None]:
-    """Let a `PeftModel` that is built in this block use `_ProjectionTuner` for LoRA."""
+def tuner_for_every_projection(base: nn.Module) -> Iterator[None]:
+    """Let a `PeftModel` of `base` that is built in this block use `_ProjectionTuner` for LoRA, and PEFT's 4-bit layers."""
     previous = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA]
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = _ProjectionTuner
+    if quantized_of(base) is not None:
+        # Only here: TRL rounds everything that trains to bf16 where a model says that it is loaded in 4 bits.
+        vars(base)["is_loaded_in_4bit"] = True
     try:
         yield
     finally:
+        vars(base).pop("is_loaded_in_4bit", None)
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = previous
 
 
@@ -85,7 +90,7 @@ def settle_magnitudes(base: nn.Module) -> None:
     """
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer) and module.lora_magnitude_vector:
-            norms = torch.linalg.vector_norm(module.get_base_layer().weight.detach().float(), dim=1)
+            norms = torch.linalg.vector_norm(dense(module.get_base_layer().weight).detach().float(), dim=1)
             if not bool(norms.all()):
                 raise AttachError(
                     f"{name}: {int((norms == 0).sum())} rows of its weight are zero, and DoRA divides by the norm of each. "

@@ -31,7 +31,18 @@ STAMP = "COMMIT"
 MAX_RECORD_BYTES = 1 << 28
 """A file that unpacks to more is no record: a study of thousands of runs takes a tenth of it."""
 
-PACKAGES = ("ssmtune", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "triton")
+PACKAGES = (
+    "ssmtune",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "triton",
+    "bitsandbytes",
+)
 
 
 def environment() -> dict[str, Any]:

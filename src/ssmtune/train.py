@@ -24,9 +24,11 @@ import pydantic
 from ssmtune.config import STRICT
 from ssmtune.errors import ConfigError, TrainingFailed
 from ssmtune.methods.lora import LoraOptions
-from ssmtune.models import Dtype, load_model, load_tokenizer, weightless
+from ssmtune.models import Dtype, load_tokenizer, weightless
 from ssmtune.placement import named_recipe
 from ssmtune.plan import Plan, make_plan
+from ssmtune.quantize import load_base, quantization_facts
+from ssmtune.quantized import QuantizeConfig
 from ssmtune.recipe import Recipe
 from ssmtune.records import digest, new_record, read_record, write_json
 from ssmtune.training_data import DataConfig, TrainingData, prepare_data
@@ -81,6 +83,7 @@ class TrainConfig:
     num_evaluations: int = pydantic.Field(default=5, ge=1)
     dtype: Dtype = "auto"
     memory: Literal["fast", "balanced", "small"] = "fast"
+    quantize: QuantizeConfig | None = None
 
 
 def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, progress: bool = True) -> dict[str, Any]:
@@ -113,6 +116,7 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
         name=config.name or recipe_name(config),
         plan=plan_summary(adapted),
         data=data.summary,
+        quantization=quantization_facts(adapted.base_model.model),
         base_dtype=str(adapted.base_model.model.dtype).removeprefix("torch."),
         history=[],
         eval_history=[],
@@ -155,6 +159,9 @@ def to_settings(config: TrainConfig) -> dict[str, Any]:
 
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     del settings["output_dir"]
+    if settings["quantize"] is None:
+        # Runs from before there was such a block continue.
+        del settings["quantize"]
     return settings
 
 
@@ -177,7 +184,10 @@ def _earlier_run(run_dir: Path, settings: dict[str, Any]) -> dict[str, Any] | No
 
 
 def _adapted_model(config: TrainConfig) -> AdaptedModel:
-    model = load_model(config.model, dtype=training_dtype(config.dtype))
+    import torch
+
+    device = "cuda" if config.quantize is not None and torch.cuda.is_available() else None
+    model = load_base(config.model, dtype=training_dtype(config.dtype), device=device, quantize_config=config.quantize)
     return _attach_seeded(model, make_config_plan(config, model), config.seed)
 
 

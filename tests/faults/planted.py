@@ -28,6 +28,7 @@ EVERY_TASK = ("every task",)
 MANY = "faults/test_every_recurrence.py::"
 ADAPTER = "faults/test_adapter_faults.py::"
 FILES = "faults/test_file_faults.py::"
+BITS = "faults/test_four_bit_faults.py::"
 
 
 def _published(fault: str, named_by: str, test: str, families: tuple[str, ...]) -> Planted:
@@ -129,6 +130,19 @@ PLANTED = (
         "faults/test_sound.py::test_a_damaged_checkpoint_is_named",
         GRANITE,
     ),
+    _planted(
+        "a tensor that is read raw is in 4 bits",
+        "four_bits",
+        BITS + "test_a_tensor_that_is_read_raw",
+        ("mamba", "jamba"),
+    ),
+    _planted(
+        "`out_proj` is left out of 4 bits in silence",
+        "four_bits",
+        BITS + "test_an_output_projection_that_is_left_out",
+        GRANITE,
+    ),
+    _planted("a 4-bit code or its scale is nudged", "frozen", BITS + "test_a_nudged_code_or_scale", GRANITE),
     _planted(
         "an operation ignores documents or padding",
         "doctor",

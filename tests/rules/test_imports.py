@@ -32,13 +32,23 @@ ORDER = (
     },
     {"ops"},
     {"families", "methods", "tasks", "data", "models", "s4d_model", "llamacpp"},
-    {"operations", "virtual_tokens", "base_digest", "base_tensors", "branches", "weight_units", "rounding"},
+    {
+        "operations",
+        "virtual_tokens",
+        "base_digest",
+        "base_tensors",
+        "branches",
+        "weight_units",
+        "rounding",
+        "quantized",
+        "four_bit",
+    },
     {"inventory", "probe"},
-    {"placement", "budget"},
+    {"placement", "budget", "quantize"},
     {"plan"},
-    {"peft_layers", "selection", "fast"},
+    {"peft_layers", "selection", "fast", "edits"},
     {"attach", "adapter_files"},
-    {"base_stream", "merged_files", "restore"},
+    {"base_stream", "merged_files", "restore", "merge_difference"},
     {"head_loss", "memory"},
     {"merge", "core_report", "core_guard", "schedules", "widen", "compiled", "truncate", "adapters", "adapter_set"},
     {"training_data"},
@@ -198,7 +208,7 @@ LIGHT = (
 )
 """Loaded to print help, to read a config or to refuse one: nothing heavy may come with them."""
 
-HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
 
 
 @pytest.mark.parametrize("name", LIGHT)

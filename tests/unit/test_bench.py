@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from ssmtune import bench as bench_module
 from ssmtune.bench import BenchConfig, bench, compare_losses, speed_ratio, summarise
 from ssmtune.bench_profile import component_shares
 from ssmtune.bench_side import measure
+from ssmtune.config import decode
 from ssmtune.errors import CheckFailed, ConfigError
+from ssmtune.quantized import QuantizeConfig
 
 MICRO = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -83,8 +86,10 @@ def test_our_own_failure_is_an_error_and_a_bad_shape_is_refused(monkeypatch: pyt
         bench(BenchConfig(model="tiny-granite-h", tokens_per_step=250, row_length=100))
 
 
-@pytest.mark.parametrize("memory", ["fast", "balanced", "small"])
-def test_both_sides_do_the_same_work(memory: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("memory", "quantize"), [("fast", None), ("balanced", None), ("small", None), ("fast", QuantizeConfig())]
+)
+def test_both_sides_do_the_same_work(memory: str, quantize: QuantizeConfig | None, tmp_path: Path) -> None:
     path = tmp_path / "micro.json"
     fields = {
         **MICRO,
@@ -99,13 +104,24 @@ def test_both_sides_do_the_same_work(memory: str, tmp_path: Path) -> None:
     }
     path.write_text(json.dumps(GraniteMoeHybridConfig(**fields).to_dict()))
     config = BenchConfig(
-        model=str(path), rank=2, tokens_per_step=32, row_length=16, num_steps=1, repeats=1, memory=memory
+        model=str(path),
+        rank=2,
+        tokens_per_step=32,
+        row_length=16,
+        num_steps=1,
+        repeats=1,
+        memory=memory,
+        quantize=quantize,
     )
+    # As it reaches the process of a side.
+    config = decode(BenchConfig, json.loads(json.dumps(asdict(config))), where="test")
     ours, theirs = measure(config, "ssmtune"), measure(config, "transformers+peft")
     assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=1e-5)
     assert ours["num_trained"] == theirs["num_trained"]
     assert ours["dead"] == theirs["dead"] == []
     assert ours["floor_s"] > 0
+    held = ours["shape"]["quantization"]
+    assert (held is None) == (quantize is None) and held == theirs["shape"]["quantization"]
     for side in (ours, theirs):
         assert sum(side["components"].values()) == pytest.approx(1.0)
         assert {"recurrent", "attention", "mlp", "norms", "head and loss", "optimiser"} <= set(side["components"])

@@ -21,7 +21,7 @@ GRANITE = Path(__file__).parent.parent / "data" / "granite_4_h_micro.json"
 
 OPTIONS = {
     "demo": {"out", "json_output"},
-    "inspect": {"model", "json_output"},
+    "inspect": {"model", "quantize", "json_output"},
     "methods": {"json_output"},
     "plan": {
         "model",
@@ -67,6 +67,7 @@ OPTIONS = {
         "steps",
         "repeats",
         "memory",
+        "quantize",
         "peer",
         "out",
         "json_output",
@@ -142,6 +143,22 @@ def test_inspect_prints_the_contract(run: Run) -> None:
     assert result["unclaimed"] == []
     assert result["total"] == 6_268_528
     assert {component["role"] for component in result["components"]} >= {"ssm.in", "ssm.in.dt", "ssm.A_log", "attn.q"}
+
+
+def test_inspect_counts_bytes_in_four_bits_from_a_config_alone(run: Run) -> None:
+    code, out, _ = run("inspect", str(GRANITE), "--quantize", "nf4", "--json")
+    found = json.loads(out)["quantize"]
+    roles = {row["role"]: row for row in found["roles"]}
+    assert code == 0
+    assert roles["ssm.in"]["quantized"] and not roles["ssm.out"]["quantized"]
+    # Two bytes before; half a byte and a 64th of a scale's byte after, which has 4 / 256 bytes of its own.
+    share = roles["ssm.in"]["bytes_after"] / roles["ssm.in"]["bytes_before"]
+    assert share == pytest.approx((0.5 + (1 + 4 / 256) / 64) / 2, rel=1e-5)
+    assert found["bytes_before"] == sum(row["bytes_before"] for row in found["roles"]) == 2 * 3_191_396_096
+    code, out, _ = run("inspect", str(GRANITE), "--quantize", "nf4")
+    assert code == 0 and "323.75" in out and "not selected" in out
+    code, _, err = run("inspect", "tiny-granite-h", "--quantize", "fp4")
+    assert code == 2 and "nearest: 'nf4'" in err
 
 
 FIRST_CASES = [next(case for case in CASES if case[0] == family) for family in family_names()]

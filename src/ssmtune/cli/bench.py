@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,9 @@ def bench(
     steps: Annotated[int, typer.Option(help="Steps timed in a row, three times per process.", min=1)] = 5,
     repeats: Annotated[int, typer.Option(help="Processes per side, in turn.", min=1)] = 3,
     memory: Annotated[str, typer.Option(help="fast, balanced or small: how much is kept for the backward.")] = "fast",
+    quantize: Annotated[
+        str | None, typer.Option(help="Hold projections in 4 bits: nf4, or a YAML file with a quantize block.")
+    ] = None,
     peer: Annotated[bool, typer.Option(help="Measure transformers + PEFT too.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write the record to this file.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
@@ -33,6 +37,7 @@ def bench(
     from ssmtune.bench import BenchConfig
     from ssmtune.bench import bench as measure
     from ssmtune.config import decode
+    from ssmtune.quantize import read_quantize
     from ssmtune.records import write_json
 
     fields = {
@@ -45,6 +50,7 @@ def bench(
         "num_steps": steps,
         "repeats": repeats,
         "memory": memory,
+        "quantize": None if quantize is None else asdict(read_quantize(quantize)),
         "peer": peer,
     }
     record = measure(decode(BenchConfig, fields, where="the command line"), on_message=words.print)
@@ -64,6 +70,9 @@ def _print_tables(record: dict[str, Any]) -> None:
         f"{config['model']}, {config['recipe']}: {shape['parameters']:,} parameters, {shape['trainable']:,} train; "
         f"{shape['tokens'][0]} x {shape['tokens'][1]} tokens, {shape['dtype']}, {record['environment']['device']}"
     )
+    if shape["quantization"] is not None:
+        held = shape["quantization"]
+        title += f"; base {held['bytes_after'] / 2**30:.2f} GiB, {held['bytes_before'] / 2**30:.2f} without 4 bits"
     headings = ("side", "tokens/s", "range", "first step", "peak memory")
     table = make_table(title, *headings, numbers=headings[1:])
     for name, side in record["sides"].items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,25 +13,39 @@ COUNTS = ("tensors", "parameters", "share")
 
 def inspect(
     model: Annotated[str, typer.Argument(help="Model directory, config .json, hub id, or a bundled model.")],
+    quantize: Annotated[
+        str | None, typer.Option(help="Show bytes with 4-bit projections: nf4, or a YAML file with a quantize block.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the inventory as JSON.")] = False,
 ) -> None:
     """Components by role, their parameters, and how each execution path uses them.
 
-    Example: [cyan]ssmtune inspect tiny-granite-h[/cyan]
+    Examples: [cyan]ssmtune inspect tiny-granite-h[/cyan] .
+    [cyan]ssmtune inspect config.json --quantize nf4[/cyan]
     """
     quiet_libraries()
     from ssmtune.inventory import take_inventory
     from ssmtune.models import empty_model
     from ssmtune.probe import PATHS, probe
+    from ssmtune.quantize import choose, read_quantize, summary
 
     empty = empty_model(model)
     inventory = take_inventory(empty)
     uses = probe(empty)
+    four_bits = None
+    if quantize is not None:
+        config = read_quantize(quantize)
+        four_bits = summary(choose(empty, config, inventory=inventory), config)
     if json_output:
         result = inventory.to_dict()
+        if four_bits is not None:
+            result["quantize"] = four_bits
         for component in result["components"]:
             component["uses"] = uses.of(component["path"])
         print_result(result)
+        return
+    if four_bits is not None:
+        _print_bytes(model, four_bits)
         return
     title = f"{model}: {inventory.family}, {inventory.topology}, {inventory.total:,} parameters"
     table = make_table(
@@ -65,3 +79,20 @@ def inspect(
         counts = (str(len(inside)), f"{num_params:,}", f"{num_params / inventory.total:.2%}")
         table.add_row(group, *counts, layer_ranges(sorted({c.layer for c in inside if c.layer is not None})))
     print_table(table)
+
+
+def _print_bytes(model: str, four_bits: dict[str, Any]) -> None:
+    before, after = four_bits["bytes_before"], four_bits["bytes_after"]
+    title = (
+        f"{model}: {before / 1e6:,.1f} MB, {after / 1e6:,.1f} MB with {four_bits['parameters']:,} parameters in 4 bits"
+    )
+    headings = ("role", "tensors", "MB", "then", "reason to stay")
+    table = make_table(title, *headings, numbers=headings[1:4], wrap=headings[-1:])
+    for row in four_bits["roles"]:
+        sizes = (f"{row[name] / 1e6:,.2f}" for name in ("bytes_before", "bytes_after"))
+        table.add_row(row["role"], f"{row['tensors']:,}", *sizes, row["reason"])
+    print_table(table)
+    tables().print(
+        "Weights alone, in the config's precision. 'components' of a quantize block chooses: groups, recurrent.in, "
+        "recurrent.out, or roles."
+    )

@@ -71,6 +71,13 @@ def merge(
         words.print(
             f"Beside the adapted model, logits differ by at most {result['prompts']['max']:.2e} of the largest."
         )
+    if "quantization" in result:
+        trained_on, prompts = result["quantization"]["trained_on"], result["quantization"]["prompts"]
+        measured = "not measured at this size" if prompts is None else f"{prompts['mean']:.2e} on average"
+        words.print(
+            f"Trained on the base in {trained_on}, merged into the original weights. Difference of logits to the model as it "
+            f"was trained, relative to the largest: {measured}."
+        )
     if result["left_out"]:
         words.print(f"Left out, since the model has no use for them: {', '.join(result['left_out'][:5])}.")
     words.print("Load it with transformers.AutoModelForCausalLM.from_pretrained; ssmtune is not needed for that.")

@@ -23,6 +23,9 @@ CHECK_HEADINGS = ("check", "result", "measured", "limit", "where")
 NARROWEST = 68
 """Columns of a terminal that a table of checks needs beside their names, so that a place has 36 or more."""
 
+NOTE = ".*was trained on a base in.*"
+"""The one notice of ours that is a warning (`quantized.QuantizationNote`)."""
+
 words = Console(stderr=True, soft_wrap=True)
 
 
@@ -87,6 +90,10 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    # Where it is installed, PEFT imports it; on some CPUs it would then fetch code from the hub, or say that it cannot.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+    warnings.filterwarnings("once", message=NOTE)
 
 
 def layer_ranges(layers: list[int]) -> str:

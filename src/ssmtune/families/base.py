@@ -137,6 +137,12 @@ def check_config(name: str, family: Family, config: Any) -> None:
         check_config(name, family, config.get_text_config())
     default = type(config)().to_dict()
     for key, value in config.to_dict().items():
+        if key == "quantization_config":
+            raise UnsupportedModel(
+                f"{config.model_type}: its config says that its weights are quantised ({value.get('quant_method')}), by name "
+                "patterns that say nothing of roles. Load the original weights and give 'quantize' in the run.yaml, or "
+                "ssmtune.quantize.load_base(MODEL, quantize_config=...)."
+            )
         if key in family.handled_config or key in IGNORED_CONFIG or key.startswith("_"):
             continue
         if key not in default or value != default[key]:

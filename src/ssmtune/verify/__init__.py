@@ -156,7 +156,7 @@ def _subject_of_run(run_dir: Path, scratch: Path) -> Subject:
     import torch
 
     from ssmtune.attach import load
-    from ssmtune.models import load_model
+    from ssmtune.quantize import load_base, recorded_config
 
     record = read_record(run_dir / RUN_RECORD, kind="train")
     if record["status"] not in ("done", "provisional"):
@@ -166,7 +166,7 @@ def _subject_of_run(run_dir: Path, scratch: Path) -> Subject:
         )
     config = record["config"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = load_model(config["model"], dtype=config["dtype"], device=device)
+    base = load_base(config["model"], dtype=config["dtype"], device=device, quantize_config=recorded_config(config))
     # The checkpoint holds everything that was trained; RUN/adapter holds what the recipe keeps.
     checkpoint = run_dir / "checkpoints" / f"checkpoint-{record['restored_step']}"
     directory = run_dir / "adapter"

@@ -41,17 +41,27 @@ def _base(request: dict[str, Any]) -> Any:
     from safetensors.torch import load_file
     from transformers import CONFIG_MAPPING
 
-    from ssmtune.models import load_model
+    from ssmtune.quantize import load_base
+    from ssmtune.quantized import Quantized
     from ssmtune.verify.fresh import build_base
 
+    quantized = None if request["quantized"] is None else Quantized.from_dict(request["quantized"])
     if request["base_name"] is not None:
-        base = load_model(request["base_name"], dtype=request["dtype"], device=request["device"])
+        quantize_config = None if quantized is None else quantized.config
+        base = load_base(
+            request["base_name"], dtype=request["dtype"], device=request["device"], quantize_config=quantize_config
+        )
         base.set_attn_implementation(request["attention"])
         return base
     fields = json.loads(Path(request["config"]).read_text(encoding="utf-8"))
     config = CONFIG_MAPPING[fields["model_type"]].from_json_file(request["config"])
     config._attn_implementation = request["attention"]
-    return build_base(config, load_file(request["tensors"], device=request["device"]), device=request["device"])
+    tensors = load_file(request["tensors"], device=request["device"])
+    if quantized is not None:
+        from ssmtune.four_bit import unpack
+
+        tensors = unpack(tensors, quantized.paths, request["device"])
+    return build_base(config, tensors, device=request["device"], quantized=quantized)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from ssmtune.base_digest import base_digest
 from ssmtune.base_tensors import base_name
 from ssmtune.errors import ConfigError
 from ssmtune.models import Dtype, load_model
+from ssmtune.quantize import load_base
+from ssmtune.quantized import MARK, QuantizeConfig, Quantized, is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,19 +31,36 @@ def base_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
     for name, parameter in adapted.base_model.model.named_parameters():
         if id(parameter) in trained or ".lora_" in name:
             continue
-        tensors[base_name(name)] = parameter.detach()
+        # Detached, it would be codes that nothing belongs to.
+        tensors[base_name(name)] = parameter if is_quantized(parameter) else parameter.detach()
     return tensors
 
 
-def build_base(config: Any, tensors: Mapping[str, torch.Tensor], *, device: torch.device | str) -> PreTrainedModel:
-    """Return a model of `config` that holds `tensors` themselves (on the meta device: nothing but those)."""
+def build_base(
+    config: Any,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    device: torch.device | str,
+    quantized: Quantized | None = None,
+) -> PreTrainedModel:
+    """Return a model of `config` that holds `tensors` themselves (on the meta device: nothing but those).
+
+    `quantized` says of those that are in 4 bits what they are.
+    """
     from ssmtune.models import auto_class
 
     with torch.device(device):
         model: PreTrainedModel = auto_class(config).from_config(deepcopy(config))
+    codes = {name: tensor for name, tensor in tensors.items() if is_quantized(tensor)}
     # Tied names are absent from `tensors` and tied again below.
-    model.load_state_dict(dict(tensors), strict=False, assign=True)
+    model.load_state_dict({n: t for n, t in tensors.items() if n not in codes}, strict=False, assign=True)
     model.tie_weights()
+    if codes:
+        from ssmtune.four_bit import place_quantized
+
+        for name, tensor in codes.items():
+            place_quantized(model, name, tensor)
+        vars(model)[MARK] = quantized
     return model.eval()
 
 
@@ -53,6 +72,11 @@ def attention_of(adapted: AdaptedModel) -> str:
 def dtype_name(adapted: AdaptedModel) -> Dtype:
     """The base's dtype as `load_model` takes it."""
     return DTYPES.get(adapted.base_model.model.dtype, "auto")
+
+
+def quantize_config_of(adapted: AdaptedModel) -> QuantizeConfig | None:
+    """What of the base is in 4 bits, as `load_base` takes it."""
+    return None if adapted.quantized is None else adapted.quantized.config
 
 
 def find_base_name(adapted: AdaptedModel, name: str) -> str | None:
@@ -69,8 +93,10 @@ def fresh_base(subject: Subject) -> PreTrainedModel:
     adapted = subject.adapted
     device = adapted.base_model.model.device
     if subject.base_name is None:
-        copies = {name: tensor.clone() for name, tensor in base_tensors(adapted).items()}
-        return build_base(adapted.base_model.model.config, copies, device=device)
-    base = load_model(subject.base_name, dtype=dtype_name(adapted), device=str(device))
+        copies = {n: deepcopy(t) if is_quantized(t) else t.clone() for n, t in base_tensors(adapted).items()}
+        return build_base(adapted.base_model.model.config, copies, device=device, quantized=adapted.quantized)
+    base = load_base(
+        subject.base_name, dtype=dtype_name(adapted), device=str(device), quantize_config=quantize_config_of(adapted)
+    )
     base.set_attn_implementation(attention_of(adapted))
     return base.eval()

@@ -13,10 +13,12 @@ from ssmtune.base_tensors import base_tensor, owner_of
 from ssmtune.errors import AttachError
 from ssmtune.merge import merge
 from ssmtune.methods.lora import effective_alpha
+from ssmtune.models import load_model
 from ssmtune.peft_layers import module_name
+from ssmtune.quantized import other_base_expected
 from ssmtune.verify.base import Check, CheckResult, Subject
 from ssmtune.verify.forward import path_logits, relative_difference, tolerance
-from ssmtune.verify.fresh import fresh_base
+from ssmtune.verify.fresh import attention_of, dtype_name, fresh_base
 
 if TYPE_CHECKING:
     from ssmtune.attach import AdaptedModel
@@ -33,11 +35,16 @@ def _run(subject: Subject) -> CheckResult:
     A tensor that is not the exact sum rounded once is reported instead: measured is then its error in half units of
     the last place, limit 1.
     """
-    copy = load(fresh_base(subject), subject.directory)
+    if subject.adapted.quantized is not None:
+        refused = not _merges_twice(load(fresh_base(subject), subject.directory))
+        if subject.base_name is None or not refused:
+            detail = f"the base is in 4 bits, its original weights are not at hand, and merging is {_word(refused)}"
+            return _result(refused, int(not refused), 0, "" if refused else "the base in 4 bits", detail)
+    copy = _on_full_precision(subject)
     lasting = sorted({site.method for site in copy.plan.unmergeable})
     if lasting:
         refused = _merges_twice(copy) is False
-        detail = f"{', '.join(lasting)} cannot be merged, and merging is {'refused' if refused else 'accepted'}"
+        detail = f"{', '.join(lasting)} cannot be merged, and merging is {_word(refused)}"
         return _result(refused, int(not refused), 0, "" if refused else lasting[0], detail)
     ids_BT = subject.documents[0][None].to(copy.base_model.model.device)
     limit = tolerance(copy)
@@ -57,7 +64,25 @@ def _run(subject: Subject) -> CheckResult:
         return _result(False, rounding[worst], ROUNDING_LIMIT, worst, detail)
     where = "" if difference <= limit else f"logits, although all {len(rounding)} tensors are the exact sums"
     detail = f"{len(rounding)} tensors are the exact sum rounded once; logits differ by {difference:.2g} of the largest"
+    if subject.adapted.quantized is not None:
+        detail += ". Merged into the original weights; merging into the 4 bits that it was trained on is refused"
     return _result(difference <= limit, difference, limit, where, detail)
+
+
+def _word(refused: bool) -> str:
+    return "refused" if refused else "accepted"
+
+
+def _on_full_precision(subject: Subject) -> AdaptedModel:
+    """The saved adapter on a fresh base that it can be merged into."""
+    adapted = subject.adapted
+    if adapted.quantized is None:
+        return load(fresh_base(subject), subject.directory)
+    assert subject.base_name is not None
+    base = load_model(subject.base_name, dtype=dtype_name(adapted), device=str(adapted.base_model.model.device))
+    base.set_attn_implementation(attention_of(adapted))
+    with other_base_expected():
+        return load(base.eval(), subject.directory)
 
 
 def _result(ok: bool, measured: float, limit: float, where: str, detail: str) -> CheckResult:

@@ -11,6 +11,7 @@ from ssmtune.merge import survival_report
 from ssmtune.methods._adaptive import Adaptive
 from ssmtune.methods._sparse import Sparse
 from ssmtune.methods.base import get_method
+from ssmtune.quantized import dense
 from ssmtune.verify.base import Check, CheckResult, Subject
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _share_moved(adapted: AdaptedModel, site: Site) -> float:
         return float((edit.gate != edit.start).float().mean())
     if site.container == "state":
         return float((edit() != 0).float().mean())
-    base = base_tensor(adapted.base_model.model, site.path)
+    base = dense(base_tensor(adapted.base_model.model, site.path))
     moved = edit(base) != base
     if isinstance(edit, Sparse):
         moved = moved.flatten()[edit.positions]

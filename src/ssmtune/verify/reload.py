@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from ssmtune.errors import AdapterMismatch
+from ssmtune.quantized import is_quantized
 from ssmtune.records import write_json
 from ssmtune.verify.base import Check, CheckResult, Subject
 from ssmtune.verify.forward import path_logits, relative_difference, worst_position
@@ -59,14 +61,14 @@ def logits_of_fresh_process(subject: Subject, ids_BT: torch.Tensor) -> tuple[tor
     save_file({"ids": ids_BT.cpu().contiguous()}, folder / "input.safetensors")
     if subject.base_name is None:
         model.config.to_json_file(str(folder / "config.json"), use_diff=False)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in base_tensors(adapted).items()}
-        save_file(tensors, folder / "base.safetensors")
+        save_file(_plain(base_tensors(adapted)), folder / "base.safetensors")
     request = {
         "base_name": subject.base_name,
         "dtype": dtype_name(adapted),
         "config": str(folder / "config.json"),
         "tensors": str(folder / "base.safetensors"),
         "attention": attention_of(adapted),
+        "quantized": None if adapted.quantized is None else adapted.quantized.to_dict(),
         "adapter": str(subject.directory),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
@@ -77,6 +79,19 @@ def logits_of_fresh_process(subject: Subject, ids_BT: torch.Tensor) -> tuple[tor
     _run_child(path)
     logits = load_file(request["output"])  # type: ignore[arg-type]
     return logits["adapted"], logits["base"]
+
+
+def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors` as a file can hold them; what is in 4 bits under several names."""
+    plain: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        parts = {"": tensor}
+        if is_quantized(tensor):
+            from ssmtune.four_bit import pack
+
+            parts = pack(tensor)
+        plain |= {f"{name}.{part}".rstrip("."): value.cpu().contiguous() for part, value in parts.items()}
+    return plain
 
 
 def _run_child(request: Path) -> None:
