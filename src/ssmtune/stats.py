@@ -76,6 +76,11 @@ class Comparison:
     result: Difference
     p_holm: float | None = None
     alpha: float = 0.05
+    family: str = ""
+    model: str = ""
+    trained_on: str = ""
+    evaluated_on: str = ""
+    margin: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return one flat mapping of plain JSON values, with the verdict and the sign consistency across seeds."""

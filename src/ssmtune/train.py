@@ -61,7 +61,10 @@ class OptimizerConfig:
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
-    """What a run.yaml holds."""
+    """What a run.yaml holds.
+
+    `data_order` seeds the order of the rows and `placement_seed` a random placement; None is `seed`.
+    """
 
     model: str
     output_dir: str
@@ -74,6 +77,8 @@ class TrainConfig:
     without: tuple[str, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     seed: int = 0
+    data_order: int | None = None
+    placement_seed: int | None = None
     num_epochs: float = pydantic.Field(default=3.0, gt=0)
     max_steps: int | None = pydantic.Field(default=None, ge=1)
     rows_per_step: int = pydantic.Field(default=8, ge=1)
@@ -226,6 +231,8 @@ def make_config_plan(config: TrainConfig, model: Any) -> Plan:
     recipe = config.recipe
     if isinstance(recipe, str):
         recipe = named_recipe(recipe, **asdict(config.lora), seed=config.seed, allow_unmatched=config.allow_unmatched)
+    if config.placement_seed is not None:
+        recipe = replace(recipe, edits=tuple(replace(edit, seed=config.placement_seed) for edit in recipe.edits))
     recipe = replace(recipe, without=(*recipe.without, *config.without))
     return make_plan(model, recipe, budget=config.budget)
 

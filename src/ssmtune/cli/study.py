@@ -23,7 +23,8 @@ def study(
     quiet_libraries()
     from ssmtune.config import load_yaml
     from ssmtune.study import run_study
-    from ssmtune.study_cells import StudyConfig, expand
+    from ssmtune.study_cells import expand
+    from ssmtune.study_config import StudyConfig
     from ssmtune.study_runs import run_cell, study_inputs
 
     config = load_yaml(StudyConfig, study_yaml)
