@@ -260,8 +260,14 @@ def _paired(config: StudyConfig, panel: Panel, arm: str, baseline: str, done: Do
         raise RecordError(
             f"{panel.name}: {arm} and {baseline} were evaluated on different examples, so they cannot be paired."
         )
-    scores = [np.mean([score_array(rows, panel.primary) for rows in side], axis=0) for side in kept]
-    return stats.paired_difference(scores[0], scores[1], seed=0)
+    # [draws, orders, seeds, examples]
+    scores = []
+    for side, own, name in zip(kept, wanted, (arm, baseline), strict=True):
+        rows = np.stack([score_array(runs, panel.primary) for runs in side])
+        num_draws = max(1, len(config.cells[name].draws)) if len(side) == len(own) else 1
+        scores.append(rows.reshape(num_draws, len(rows) // num_draws, *rows.shape[1:]))
+    is_null = all(trained) and sorted(len(side) > 1 for side in scores) == [False, True]
+    return stats.paired_difference(scores[0], scores[1], seed=0, is_null=is_null)
 
 
 def score_array(evaluations: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -22,6 +22,7 @@ ORDER = (
         "config",
         "records",
         "stats",
+        "crossed",
         "cache",
         "packing",
         "discovery",
