@@ -8,7 +8,7 @@ import functools
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ssmtune.errors import RecordError, SsmtuneError, TrainingFailed
 from ssmtune.study_analysis import analyse, declared, metric_interval, num_comparisons, score_array
 from ssmtune.study_cells import Cell, CellSpec, expand
 from ssmtune.study_config import StudyCell, StudyConfig, StudyTask
+from ssmtune.study_estimate import Cost, Estimate, estimate
 
 __all__ = [
     "Cell",
@@ -31,6 +32,7 @@ __all__ = [
     "StudyConfig",
     "StudyTask",
     "analyse",
+    "estimate_study",
     "expand",
     "metric_interval",
     "preregister",
@@ -55,13 +57,15 @@ def run_study(
     devices: Sequence[str] = (),
     slots: Sequence[workers.Slot] | None = None,
     inputs: Mapping[str, str] | None = None,
+    only: Collection[str] | None = None,
     console: rich.console.Console | None = None,
 ) -> dict[str, Any]:
     """Run every cell that has no done record of the same digest; return and write the study record.
 
     Writes a pre-registration first, then one record per cell, failed ones included; a later call retries those.
     `slots` is where cells run: by default `config.workers` processes on this machine, of which k sees only
-    `devices[k % len(devices)]`. A worker that dies fails its own cell only, and that cell is tried again.
+    `devices[k % len(devices)]`; `only` are the digests of cells to stop after. A worker that dies fails its own cell only,
+    and that cell is tried again.
     On Ctrl-C finished cells stay done and running ones are stopped.
     Raises `RecordError` while another process runs this study.
     """
@@ -71,6 +75,7 @@ def run_study(
         earlier = {cell.digest: record for cell in cells if (record := _existing(cell)) is not None}
         found = {digest: record for digest, record in earlier.items() if record["status"] == "done"}
         jobs = [workers.Job(key=c.digest, argument=c, needs=c.needs) for c in cells if c.digest not in found]
+        jobs = [job for job in jobs if only is None or job.key in only]
         if slots is None:
             slots = workers.local_slots(min(config.workers, len(jobs)), devices)
         call = functools.partial(_execute, run_cell, registration)
@@ -91,13 +96,18 @@ def run_study(
         ):
             before, started = len(found), time.monotonic()
             bar = progress.add_task(
-                config.name, total=len(cells), completed=before, failed=0, running=min(len(jobs), len(slots)), left=""
+                config.name,
+                total=before + len(jobs),
+                completed=before,
+                failed=0,
+                running=min(len(jobs), len(slots)),
+                left="",
             )
             for job, outcome in ended:
                 record = found[job.key] = _outcome(job.argument, registration, outcome, earlier.get(job.key))
                 failed = sum(r["status"] == "failed" for r in found.values())
                 pace = (time.monotonic() - started) / (len(found) - before)
-                left = _duration(pace * (len(cells) - len(found)))
+                left = _duration(pace * (before + len(jobs) - len(found)))
                 progress.update(bar, completed=len(found), failed=failed, running=outcome.num_running, left=left)
                 if record["error"]:
                     progress.console.print(
@@ -170,6 +180,15 @@ def _resolvable_ahead(config: StudyConfig, num: int) -> float | None:
     return stats.minimum_detectable_effect(
         num_seeds=len(config.seeds), num_examples=config.num_examples, sd_noise=ASSUMED_SD, num_comparisons=num
     )
+
+
+def estimate_study(
+    config: StudyConfig, cost_of: Callable[[CellSpec], Cost], *, inputs: Mapping[str, str] | None = None
+) -> Estimate:
+    """Return what the cells that have no done record will cost; runs nothing."""
+    cells = expand(config, inputs=inputs)
+    found = {cell.digest: record for cell in cells if (record := _existing(cell)) is not None}
+    return estimate(cells, found, cost_of, workers=config.workers)
 
 
 def read_cells(config: StudyConfig, *, inputs: Mapping[str, str] | None = None) -> list[dict[str, Any]]:

@@ -145,6 +145,7 @@ class StudyConfig:
             if not values:
                 raise ConfigError(f"{where}, field '{label}': got nothing; expected at least one entry.")
         lists: dict[str, Sequence[Any]] = {
+            "models": list(self.models.values()),
             "tasks": [task.name for task in self.tasks],
             "transfer": [task.name for task in self.transfer],
             "seeds": self.seeds,

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ssmtune.config import decode
 from ssmtune.errors import RecordError
-from ssmtune.evaluate import EvaluateConfig, evaluate
-from ssmtune.models import model_location
+from ssmtune.evaluate import EvaluateConfig, evaluate, evaluation_model
+from ssmtune.models import load_tokenizer, model_location
 from ssmtune.recipe import Recipe
 from ssmtune.records import file_sha256, read_record
 from ssmtune.study_cells import CellSpec
 from ssmtune.study_config import StudyConfig
-from ssmtune.tasks.base import get_task
-from ssmtune.train import TrainConfig, train
-from ssmtune.training_data import catalogue_digest
+from ssmtune.study_estimate import Cost
+from ssmtune.tasks.base import get_task, split
+from ssmtune.train import TrainConfig, num_training_steps, train
+from ssmtune.training_data import DataConfig, catalogue_digest, prepare_data, task_examples
 
 
 def run_cell(spec: CellSpec) -> dict[str, Any]:
@@ -34,7 +37,9 @@ def run_cell(spec: CellSpec) -> dict[str, Any]:
         shutil.rmtree(spec.run_dir)
         return {"train": train_record, "evaluate": None}
     tasks = [(spec.task, spec.size), *((task.name, task.size) for task in spec.transfer)]
-    first, *others = (evaluate(_evaluate_config(spec, task, size), progress=False) for task, size in tasks)
+    configs = [_evaluate_config(spec, task, size) for task, size in tasks]
+    model = evaluation_model(configs[0])
+    first, *others = (evaluate(config, model=model, progress=False) for config in configs)
     return {"train": train_record, "evaluate": first, "transfer": others, "tuned": tuned}
 
 
@@ -51,6 +56,30 @@ def choose_rates(spec: CellSpec) -> dict[str, float]:
             "Declare lower rates under 'tune'."
         )
     return dict(min(losses, key=lambda entry: entry[0])[1]) if losses else {}
+
+
+def cost_of(spec: CellSpec) -> Cost:
+    """Return the tokens that a cell trains on and the questions that it answers; prepares its data, once for all alike."""
+    tokens = 0
+    if spec.recipe is not None:
+        config = _train_config(spec, {})
+        num_rows, num_tokens = _prepared(spec.model, config.data)
+        rows = num_training_steps(config, num_rows) * config.rows_per_step * config.num_accumulated
+        tokens = round(rows * num_tokens / num_rows)
+    tasks = [] if spec.rates else [(spec.task, spec.size), *((task.name, task.size) for task in spec.transfer)]
+    questions = sum(min(spec.num_examples or sys.maxsize, _num_held_out(task, float(size))) for task, size in tasks)
+    return Cost(tokens=tokens, questions=questions)
+
+
+@lru_cache
+def _prepared(model: str, data: DataConfig) -> tuple[int, int]:
+    summary = prepare_data(data, load_tokenizer(model)).summary
+    return summary["rows"]["train"], summary["tokens"]["train"]
+
+
+@lru_cache
+def _num_held_out(task: str, size: float) -> int:
+    return len(split(task_examples(task, size)).test)
 
 
 def study_inputs(config: StudyConfig) -> dict[str, str]:

@@ -251,8 +251,7 @@ def _make_trainer(
     # TRL and transformers are imported here so that reading a config does not load them.
     from ssmtune.sft import EditTrainer, make_sft_config
 
-    steps_per_epoch = -(-len(data.train) // (config.rows_per_step * config.num_accumulated))
-    num_steps = num_warmup_steps or config.max_steps or max(1, round(steps_per_epoch * config.num_epochs))
+    num_steps = num_warmup_steps or num_training_steps(config, len(data.train))
     return EditTrainer(
         adapted,
         make_sft_config(
@@ -267,6 +266,12 @@ def _make_trainer(
         run_id=record["run_id"],
         progress=progress,
     )
+
+
+def num_training_steps(config: TrainConfig, num_rows: int) -> int:
+    """Return how many optimiser steps a run of `config` takes on so many rows."""
+    steps_per_epoch = -(-num_rows // (config.rows_per_step * config.num_accumulated))
+    return config.max_steps or max(1, round(steps_per_epoch * config.num_epochs))
 
 
 def _run(trainer: EditTrainer, on_message: Callable[[str], None]) -> None:

@@ -201,6 +201,7 @@ def test_every_record_names_the_declaration_it_ran_under(tmp_path: Path) -> None
         ({"families": {"f": {"comparisons": [["attention", "base"]], "on": ["rulez"]}}}, "nearest: 'rules'"),
         ({"families": {"f": {"comparisons": [["atention", "base"]]}}}, "nearest: 'attention'"),
         ({"families": {"declared": {"comparisons": [["attention", "base"]]}}}, "another name"),
+        ({"models": {"a": "x", "b": "x"}}, "field 'models'"),
         ({"data_orders": [1, 1]}, "expected no entry twice"),
     ],
 )
