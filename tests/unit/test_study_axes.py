@@ -20,6 +20,7 @@ from ssmtune import config as decoding
 from ssmtune import records, study
 from ssmtune.errors import ConfigError, TrainingFailed
 from ssmtune.study import CellSpec, StudyConfig, expand
+from ssmtune.study_estimate import Cost, calibration_cells
 from ssmtune.study_runs import _train_config
 
 QUIET = rich.console.Console(file=io.StringIO())
@@ -183,6 +184,57 @@ def test_every_record_names_the_declaration_it_ran_under(tmp_path: Path) -> None
     path.write_text(json.dumps(value))
     with pytest.raises(records.RecordError, match="changed after it was written"):
         run(config)
+
+
+def test_an_estimate_counts_what_is_left_and_takes_its_time_from_done_cells(tmp_path: Path) -> None:
+    config = make(tmp_path, workers=4)
+
+    def cost(spec: CellSpec) -> Cost:
+        return Cost(tokens=1000 if spec.recipe else 0, questions=10 * (1 + len(spec.transfer)))
+
+    before = study.estimate_study(config, cost)
+    # 6 bases answer 10 questions each, 12 trained cells 30.
+    assert (before.num_cells, before.num_done, before.tokens, before.questions) == (18, 0, 12_000, 420)
+    assert before.seconds is None and "time unknown" in before.text()
+    cells = expand(config)
+    chosen = calibration_cells(cells)
+    # A base on each of three tasks and a trained cell on each of two, on each of two models.
+    assert len(chosen) == 10
+    serial = make(tmp_path, workers=0)
+    study.run_study(serial, synthetic.cheap_cell, only=[cell.digest for cell in chosen], console=QUIET)
+    for cell in chosen:
+        record = records.read_record(cell.path)
+        records.write_json(cell.path, {**record, "seconds": 60.0 if cell.spec.model_name == "granite" else 20.0})
+    after = study.estimate_study(config, cost)
+    assert (after.num_done, after.num_timed, after.tokens) == (10, 10, 8_000)
+    # Left: 6 trained cells of granite and 2 of the plain model, on four workers.
+    assert after.seconds == pytest.approx((6 * 60 + 2 * 20) / 4)
+    assert "about 0:01:40 with 4 workers, from 10 timed cells" in after.text()
+    run(serial)
+    assert study.estimate_study(config, cost).text() == "18 cells, 18 done."
+
+
+def test_a_cell_that_fails_is_tried_again_as_often_as_declared(tmp_path: Path) -> None:
+    tried: list[str] = []
+
+    def flaky(spec: CellSpec) -> dict[str, Any]:
+        tried.append(spec.arm)
+        if spec.arm == "granite: recurrent" and tried.count(spec.arm) < 12:
+            raise OSError("the disk was away")
+        if spec.arm == "plain: base":
+            raise ConfigError("no such thing")
+        return synthetic.cheap_cell(spec)
+
+    result = run(make(tmp_path, retries=2), flaky)
+    # Four cells, of which three fail three times each; the last attempts of the fourth succeed.
+    assert tried.count("granite: recurrent") == 12
+    assert tried.count("plain: base") == 3, "what an error of ours explains is not tried again"
+    assert result["num_cells"] == {"expected": 18, "done": 12, "failed": 6}
+    assert result["num_failed_attempts"] == 8
+    later = run(make(tmp_path, retries=2))
+    assert later["status"] == "done" and later["num_failed_attempts"] == 8 + 6
+    kept = records.read_record(tmp_path / "cells" / "plain-base-rules-seed0.json.gz")
+    assert [attempt["error"] for attempt in kept["failed_attempts"]] == ["no such thing"]
 
 
 @pytest.mark.parametrize(
