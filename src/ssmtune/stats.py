@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import scipy.optimize
 import scipy.stats
 
 from ssmtune import crossed
@@ -245,17 +246,32 @@ def minimum_detectable_effect(
     errors = {"examples": (math.sqrt(by_example), num_examples - 1)}
     if num_seeds > 1:
         errors["seeds"] = (math.sqrt(sd_seed**2 / num_seeds + noise), num_seeds - 1)
-    return _reach(errors, alpha / (2 * num_comparisons)) + _reach(errors, 1 - power)
+    return _found_with(errors, alpha / num_comparisons, power)
 
 
-def _reach(errors: Mapping[str, tuple[float, float]], tail: float) -> float:
-    """Half width at a tail's share of the errors of several sources, each with its dof, as `crossed.half_widths` adds them."""
-    return math.sqrt(sum((float(scipy.stats.t.isf(tail, dof)) * error) ** 2 for error, dof in errors.values()))
+def _found_with(errors: Mapping[str, tuple[float, float]], alpha: float, power: float) -> float:
+    """Return the effect found at level `alpha` with probability `power`, from each source's standard error and dof.
+
+    The noncentral t of one source; for several, at the half width that `crossed.half_widths` gives them and with
+    Satterthwaite's degrees of freedom.
+    """
+    found = [(error**2, dof) for error, dof in errors.values() if error > 0]
+    total = sum(variance for variance, _ in found)
+    if total == 0:
+        return 0.0
+    dof = total**2 / sum(variance**2 / dof for variance, dof in found)
+    half = math.sqrt(sum(float(scipy.stats.t.isf(alpha / 2, dof)) ** 2 * variance for variance, dof in found))
+    at = half / math.sqrt(total)
+
+    def missing(centre: float) -> float:
+        return float(scipy.stats.nct.sf(at, dof, centre)) - power
+
+    return float(scipy.optimize.brentq(missing, 0.0, 3 * at + 10)) * math.sqrt(total)
 
 
 def resolvable_effect(result: Difference, *, num_comparisons: int, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the effect that a repetition would find with probability `power`, from the measured standard errors."""
-    return _reach(result.errors, alpha / (2 * num_comparisons)) + _reach(result.errors, 1 - power)
+    return _found_with(result.errors, alpha / num_comparisons, power)
 
 
 def sign_consistency(result: Difference) -> tuple[int, int]:

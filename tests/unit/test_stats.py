@@ -116,8 +116,8 @@ def test_data_orders_are_paired_and_add_their_spread() -> None:
 
 @pytest.mark.parametrize("design", SIMULATE.POWERS, ids=str)
 def test_smallest_detectable_effect_is_found_as_often_as_stated(design: dict[str, Any]) -> None:
-    # Student's quantile for the power is an approximation of the noncentral one: a few points either way.
-    assert abs(SIMULATE.power(design, NUM)["share"] - 0.8) <= 0.04 + _bound(0.8)
+    # Several sources have no exact distribution: two points either way.
+    assert abs(SIMULATE.power(design, NUM)["share"] - 0.8) <= 0.02 + _bound(0.8)
 
 
 def test_seeds_alone_agree_with_the_t_test_over_seed_means() -> None:
@@ -267,7 +267,7 @@ def test_minimum_detectable_effect_known_design() -> None:
     # statsmodels knows the noncentral t of one sample.
     alone = stats.minimum_detectable_effect(num_seeds=1, num_examples=60, sd_noise=1.0)
     exact = statsmodels.stats.power.TTestPower().solve_power(nobs=60, alpha=0.05, power=0.8)
-    assert alone == pytest.approx(exact, rel=0.01)
+    assert alone == pytest.approx(exact, rel=1e-4)
     one = stats.minimum_detectable_effect(num_seeds=3, num_examples=500, sd_noise=0.45)
     assert stats.minimum_detectable_effect(num_seeds=3, num_examples=500, sd_noise=0.45, num_comparisons=9) > one
     assert stats.minimum_detectable_effect(num_seeds=3, num_examples=500, sd_noise=0.45, sd_seed=0.02) > one

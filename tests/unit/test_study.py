@@ -73,7 +73,7 @@ def test_runs_once_and_preregisters_first(tmp_path: Path) -> None:
     registered = json.loads(next(tmp_path.glob("preregistration-*.json")).read_text())
     assert registered["num_comparisons"] == 3 and registered["primary_outcomes"] == {"classification": "exact"}
     # Two seeds leave one degree of freedom, which resolves nearly nothing: that has to be said in advance.
-    assert 0.2 < registered["minimum_detectable_effect"] < 1
+    assert registered["minimum_detectable_effect"] > 0.5
     assert (tmp_path / "cells" / "V4-classification-seed1.json.gz").exists()
     again = Counting()
     run(config, again)
