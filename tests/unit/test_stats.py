@@ -67,6 +67,21 @@ def test_percentile_bootstrap_would_fall_short() -> None:
     assert held.mean() >= 0.95 - _bound(0.95)
 
 
+def test_one_quantile_for_the_sum_of_variances_would_fall_short() -> None:
+    """What earlier versions did: Satterthwaite's degrees of freedom for the sum of the variances, here with two seeds."""
+    design = {"seeds": 2, "examples": 200, "sd_seed": 0.05, "sd_example": 0.1, "sd_noise": 0.3}
+    d_KSN = SIMULATE.normal_differences(np.random.default_rng(0), 2 * NUM, design)
+    mean, size = d_KSN.mean((1, 2)), 2 * 200
+    by_seed, by_example = 200 * d_KSN.mean(2).var(1, ddof=1), 2 * d_KSN.mean(1).var(1, ddof=1)
+    rest_KSN = d_KSN - d_KSN.mean(2)[:, :, None] - d_KSN.mean(1)[:, None] + mean[:, None, None]
+    rest = (rest_KSN**2).sum((1, 2)) / 199
+    total = np.maximum(by_seed - rest, 0) + np.maximum(by_example - rest, 0) + rest
+    dof = np.maximum(total**2 / (by_seed**2 + by_example**2 / 199 + rest**2 / 199), 1)
+    held = np.abs(mean) <= scipy.stats.t.isf(0.025, dof) * np.sqrt(total / size)
+    assert held.mean() < 0.95 - _bound(0.95, 2 * NUM)
+    assert SIMULATE.covers(d_KSN, 0.0)[0].mean() >= 0.95 - _bound(0.95, 2 * NUM)
+
+
 @pytest.mark.parametrize("design", [d for d in SIMULATE.FAMILIES if d["comparisons"] == 8], ids=str)
 def test_families_without_a_difference_rarely_show_one(design: dict[str, Any]) -> None:
     assert SIMULATE.false_families(design, NUM)["share"] <= 0.05 + _bound(0.05)

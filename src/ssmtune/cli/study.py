@@ -40,7 +40,7 @@ def study(
     Declared in the file: cells, tasks, seeds, and which comparisons count; written down before the first run.
     Cells run side by side, `workers` at a time; worker k uses the k-th device of --devices, over and over.
 
-    What it will take: [cyan]ssmtune study study.yaml --estimate --calibrate[/cyan]
+    Examples. What it will take: [cyan]ssmtune study study.yaml --estimate --calibrate[/cyan]
 
     On two GPUs: [cyan]ssmtune study recipes/granite_study.yaml --devices 0,1[/cyan]
 
