@@ -87,7 +87,7 @@ def test_two_hundred_cells_killed_ten_times_end_with_the_same_table(
 
 
 def test_killed_with_its_worker_processes(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path, "workers", kills=2, between=(3, 6), generator=random.Random(1))
+    kill_and_resume(tmp_path, "workers", kills=1, between=(3, 6), generator=random.Random(1))
     assert table(tmp_path)["num_cells"] == {"expected": 20, "done": 20}
 
 
