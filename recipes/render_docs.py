@@ -37,6 +37,7 @@ CPU = BENCH / "operations-cpu.json"
 POSITIONS = {"state.prompt", "state.prefix"}
 """Roles of learned positions, which lie before the whole model and are no part of a recurrence."""
 HANKEL_STEP = BENCH / "hankel-step-cpu.json"
+STATISTICS = ROOT / "records/studies/statistics.json"
 TRACKING = ROOT / "records/studies/state-tracking.json.gz"
 QLORA = ROOT / "records/studies/qlora-curve.json"
 GRANITE_MICRO = ROOT / "tests/data/granite_4_h_micro.json"
@@ -623,6 +624,29 @@ def merge_cost() -> str:
     return table(["", "GB", "seconds", "processor seconds", "peak resident memory, GB"], rows) + "\n\n" + words
 
 
+def statistics_setting() -> str:
+    """How many data sets each row of the tables is from."""
+    config = read_record(STATISTICS)["config"]
+    return (
+        f"{config['num']:,} data sets for each row, {config['num_resamples']:,} resamples; "
+        "in brackets the interval of 95 % of the share itself."
+    )
+
+
+def statistics_table(name: str, headings: dict[str, str], outcome: str, extra: dict[str, str] | None = None) -> str:
+    """One table of the simulations: the designs' settings, the share that was found, and further figures."""
+    rows = []
+    for row in read_record(STATISTICS)[name]:
+        found = f"{100 * row['share']:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+        rows.append([*(f"{row[key]:g}" for key in headings), found, *(f"{row[key]:.3f}" for key in extra or {})])
+    return table([*headings.values(), outcome, *(extra or {}).values()], rows)
+
+
+SIZES = {"seeds": "seeds", "examples": "examples"}
+SPREADS = {"sd_seed": "sd between seeds", "sd_example": "between examples", "sd_noise": "of the rest"}
+LOGITS = {"logit": "log-odds", "shift": "difference", "sd_seed_logit": "sd between seeds"}
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"headline": study_headline, "families": families_by_kind},
     "docs/families.md": {"families": families, "roles": roles},
@@ -652,6 +676,26 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "qlora-setting": qlora_setting,
         "qlora-curve": qlora_curve,
         "qlora-held-out": qlora_held_out,
+    },
+    "docs/statistics.md": {
+        "statistics-setting": statistics_setting,
+        "statistics-normal": lambda: statistics_table(
+            "normal", SIZES | SPREADS, "intervals that hold the truth", {"mean_width": "mean width"}
+        ),
+        "statistics-binary": lambda: statistics_table(
+            "binary", SIZES | LOGITS, "intervals that hold the truth", {"mean_width": "mean width"}
+        ),
+        "statistics-families": lambda: statistics_table(
+            "families",
+            {"comparisons": "comparisons", **SIZES, "sd_seed_logit": "sd of log-odds between seeds"},
+            "families with a finding",
+        ),
+        "statistics-nulls": lambda: statistics_table(
+            "nulls", {"draws": "draws", "sd_draw": "sd between draws", **SIZES}, "found to differ"
+        ),
+        "statistics-powers": lambda: statistics_table(
+            "powers", {"comparisons": "comparisons", **SIZES, **SPREADS}, "found", {"effect": "effect stated"}
+        ),
     },
     "docs/studies/state-tracking.md": {
         "setting": tracking_setting,

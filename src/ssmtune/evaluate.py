@@ -62,12 +62,13 @@ class EvaluateConfig:
             raise ConfigError(f"{self.gguf}: the core is part of its weights and cannot be left out.")
 
 
-def evaluate(config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, *, model: PreTrainedModel | None = None, progress: bool = True) -> dict[str, Any]:
     """Return the evaluate record: metrics, one score per example and metric, samples, share of answers that stopped.
 
     Answers are greedy. The weights are the base's in fp32 with the adapter merged in fp32, so that nothing is rounded;
     An adapter that was trained on a base in 4 bits is merged into the original weights all the same (`QuantizationNote`).
-    `without_core` leaves the adapter's core out. The engine llamacpp answers from those weights as a GGUF file; raises
+    `without_core` leaves the adapter's core out. `model` is what `evaluation_model` returns for this config, for several
+    tasks that are asked of one. The engine llamacpp answers from those weights as a GGUF file; raises
     `AttachError` for an adapter that no weight can hold, `MissingDependency` where llama.cpp is not installed.
     """
     started = time.time()
@@ -80,7 +81,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]
     else:
         engine = {"name": "transformers"}
         answers = answer(
-            evaluation_model(config),
+            evaluation_model(config) if model is None else model,
             tokenizer,
             prompts,
             max_new_tokens=task.max_new_tokens,

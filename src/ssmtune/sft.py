@@ -43,7 +43,7 @@ def make_sft_config(
         output_dir=str(directory / "checkpoints"),
         report_to=[],
         seed=config.seed,
-        data_seed=config.seed,
+        data_seed=config.seed if config.data_order is None else config.data_order,
         max_steps=num_steps,
         per_device_train_batch_size=config.rows_per_step,
         per_device_eval_batch_size=config.rows_per_step,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,18 +16,17 @@ import numpy.typing as npt
 import scipy.optimize
 import scipy.stats
 
+from ssmtune import crossed
 from ssmtune.errors import DataError
 
 Verdict = Literal["higher", "lower", "no difference"]
 Floats = npt.NDArray[np.float64]
 
 METHOD = (
-    "two-level paired bootstrap (seeds and examples resampled together); percentile interval whose width is calibrated "
-    "to the crossed random-effects variance with Student t (Satterthwaite degrees of freedom); "
+    "paired by seed and example; Student's t over the seed means, and a studentised bootstrap over examples for what "
+    "examples vary by beyond that, added in squares; data orders and draws of a placement each add their own t; "
     "p is the smallest level whose interval excludes zero"
 )
-BLOCK_ELEMENTS = 4_000_000
-"""Bootstrap weights held at once: 32 MB, so that memory does not grow with the number of resamples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,10 @@ class Interval:
 class Difference:
     """Mean paired difference a - b with interval and two-sided p; `per_seed` are the means of each seed.
 
-    `sd_seed`, `sd_example` and `sd_noise` are its estimated spreads between seeds, between examples, and of the rest.
+    `sd_seed`, `sd_example` and `sd_noise` are its estimated spreads between seeds, between examples, and of the rest;
+    `sd_order` and `sd_draw` those of the means of each data order and of each draw, 0 where there is one.
+    `errors` are the standard error and the degrees of freedom of each source of variation. `is_null`: draws of a random
+    placement were taken as what chance does, so that the interval holds their spread.
     """
 
     difference: float
@@ -56,13 +58,18 @@ class Difference:
     high: float
     p: float
     standard_error: float
-    dof: float
+    errors: Mapping[str, tuple[float, float]]
     sd_seed: float
     sd_example: float
     sd_noise: float
     num_seeds: int
     num_examples: int
     per_seed: tuple[float, ...]
+    num_orders: int = 1
+    num_draws: int = 1
+    sd_order: float = 0.0
+    sd_draw: float = 0.0
+    is_null: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +83,28 @@ class Comparison:
     result: Difference
     p_holm: float | None = None
     alpha: float = 0.05
+    family: str = ""
+    model: str = ""
+    trained_on: str = ""
+    evaluated_on: str = ""
+    margin: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return one flat mapping of plain JSON values, with the verdict and the sign consistency across seeds."""
         flat = dataclasses.asdict(self)
         result = flat.pop("result")
         result["per_seed"] = list(result["per_seed"])
+        result["errors"] = {name: list(error) for name, error in result["errors"].items()}
         same, num = sign_consistency(self.result)
-        return {**flat, **result, "seeds_same_sign": same, "seeds_compared": num, "verdict": verdict(self)}
+        return {
+            **flat,
+            **result,
+            "seeds_same_sign": same,
+            "seeds_compared": num,
+            "no_larger_than": no_larger_than(self.result),
+            "equivalent": None if self.margin is None else no_larger_than(self.result) < self.margin,
+            "verdict": verdict(self),
+        }
 
 
 def mean_interval(values: Sequence[float] | Floats, *, confidence: float = 0.95) -> Interval:
@@ -126,126 +147,68 @@ def example_interval(scores: Sequence[float] | Floats, *, confidence: float = 0.
 
 
 def paired_difference(
-    a_SN: npt.ArrayLike, b_SN: npt.ArrayLike, *, num_resamples: int = 10_000, seed: int, confidence: float = 0.95
+    a_SN: npt.ArrayLike,
+    b_SN: npt.ArrayLike,
+    *,
+    seed: int,
+    num_resamples: int = 2_000,
+    confidence: float = 0.95,
+    is_null: bool = False,
 ) -> Difference:
     """Return the mean of a - b over seeds and examples, with interval and p by `METHOD`.
 
-    `a_SN` and `b_SN` are `[seeds, examples]` with the same example in the same column; one row (an untrained
-    base) is used for every seed of the other. With one seed the interval speaks about examples only.
+    `a_SN` and `b_SN` are `[seeds, examples]` with the same example in the same column; one row (an untrained base) is used
+    for every seed of the other. With one seed the interval speaks about examples only. Further axes go in front:
+    `[orders, seeds, examples]`, `[draws, orders, seeds, examples]`; orders are paired as seeds are, draws are not.
+    `is_null` asks whether the side with one draw lies outside of what the other's draws do.
     """
-    a, b = np.atleast_2d(np.asarray(a_SN, dtype=np.float64)), np.atleast_2d(np.asarray(b_SN, dtype=np.float64))
-    if (
-        a.ndim != 2
-        or b.ndim != 2
-        or a.shape[1] != b.shape[1]
-        or (a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0]))
-    ):
+    sides = [np.asarray(side, dtype=np.float64) for side in (a_SN, b_SN)]
+    shapes = [side.shape for side in sides]
+    # [draws, orders, seeds, examples]
+    a, b = (side.reshape((1,) * (4 - side.ndim) + side.shape) if side.ndim <= 4 else side for side in sides)
+    paired = all(m == n or 1 in (m, n) for m, n in zip(a.shape[1:3], b.shape[1:3], strict=True))
+    if a.ndim != 4 or b.ndim != 4 or a.shape[3] != b.shape[3] or not paired or 0 in (a.size, b.size):
         raise DataError(
-            f"paired_difference: got shapes {a.shape} and {b.shape}; expected [seeds, examples] with equal sizes."
+            f"paired_difference: got shapes {shapes[0]} and {shapes[1]}; expected [seeds, examples] with equal sizes."
         )
-    if a.shape[1] < 2:
-        raise DataError(f"paired_difference: got {a.shape[1]} example(s); expected at least 2 to form an interval.")
-    d_SN = a - b
-    if not np.isfinite(d_SN).all():
+    if a.shape[3] < 2:
+        raise DataError(f"paired_difference: got {a.shape[3]} example(s); expected at least 2 to form an interval.")
+    d_OSN = a.mean(0) - b.mean(0)
+    if not np.isfinite(d_OSN).all():
         raise DataError(
             "paired_difference: scores hold NaN or infinity; expected finite numbers. Evaluate the arm again."
         )
-    mean = float(d_SN.mean())
-    sd_seed, sd_example, sd_noise, error, dof = _crossed_variance(d_SN)
-    deviations = np.sort(_bootstrap_means(d_SN, num_resamples, seed) - mean)
-    spread = float(deviations.std())
-    calibrated = deviations * (error / spread) if spread > 0 else np.zeros_like(deviations)
-    low, high = _bounds(mean, calibrated, dof, 1 - confidence)
+    if is_null and sorted((len(a) > 1, len(b) > 1)) != [False, True]:
+        raise DataError(
+            f"paired_difference: got {len(a)} and {len(b)} draws; a null needs two or more on one side alone."
+        )
+    d_SN = d_OSN.mean(0)
+    spreads = crossed.measure(d_SN[None], num_resamples=num_resamples, seed=seed)
+    orders, draws = d_OSN.mean((1, 2)), [side.mean((1, 2, 3)) for side in (a, b)]
+    further = [crossed.repeated("orders", orders[None])] if len(orders) > 1 else []
+    further += [crossed.repeated("draws", means[None], is_new=is_null) for means in draws if len(means) > 1]
+    sources = (*spreads.sources, *further)
+    down, up = crossed.half_widths(sources, 1 - confidence)
+    mean = float(spreads.mean[0])
     return Difference(
         difference=mean,
-        low=low,
-        high=high,
-        p=_p_value(mean, calibrated, dof),
-        standard_error=error,
-        dof=dof,
-        sd_seed=sd_seed,
-        sd_example=sd_example,
-        sd_noise=sd_noise,
-        num_seeds=d_SN.shape[0],
+        low=mean - float(down[0]),
+        high=mean + float(up[0]),
+        p=float(crossed.p_values(spreads.mean, sources)[0]),
+        standard_error=math.sqrt(sum(float(source.variance[0]) for source in sources)),
+        errors={source.name: (math.sqrt(float(source.variance[0])), source.dof) for source in sources},
+        sd_seed=float(spreads.seed[0]),
+        sd_example=float(spreads.example[0]),
+        sd_noise=float(spreads.rest[0]),
+        num_seeds=len(d_SN),
         num_examples=d_SN.shape[1],
         per_seed=tuple(float(v) for v in d_SN.mean(axis=1)),
+        num_orders=len(orders),
+        num_draws=max(map(len, draws)),
+        sd_order=float(orders.std(ddof=1)) if len(orders) > 1 else 0.0,
+        sd_draw=max((float(means.std(ddof=1)) for means in draws if len(means) > 1), default=0.0),
+        is_null=is_null,
     )
-
-
-def _crossed_variance(d_SN: Floats) -> tuple[float, float, float, float, float]:
-    """Return sd between seeds, between examples, of the rest, the mean's standard error, and its Satterthwaite dof.
-
-    Crossed random effects without replication: a negative variance component counts as zero.
-    """
-    num_seeds, num_examples = d_SN.shape
-    size = d_SN.size
-    if num_seeds == 1:
-        sd = float(d_SN.std(ddof=1))
-        return 0.0, sd, 0.0, sd / math.sqrt(num_examples), float(num_examples - 1)
-    rows, columns = d_SN.mean(axis=1, keepdims=True), d_SN.mean(axis=0, keepdims=True)
-    ms_seed = num_examples * float(rows.var(ddof=1))
-    ms_example = num_seeds * float(columns.var(ddof=1))
-    dof_rest = (num_seeds - 1) * (num_examples - 1)
-    ms_rest = float(((d_SN - rows - columns + d_SN.mean()) ** 2).sum()) / dof_rest
-    between_seeds, between_examples = max(ms_seed - ms_rest, 0.0), max(ms_example - ms_rest, 0.0)
-    total = between_seeds + between_examples + ms_rest
-    if total == 0:
-        return 0.0, 0.0, 0.0, 0.0, float(num_examples - 1)
-    weights = ms_seed**2 / (num_seeds - 1) + ms_example**2 / (num_examples - 1) + ms_rest**2 / dof_rest
-    # The dof of a difference of mean squares can fall below that of its smallest term; it cannot in truth.
-    dof = max(total**2 / weights, float(num_seeds - 1))
-    return (
-        math.sqrt(between_seeds / num_examples),
-        math.sqrt(between_examples / num_seeds),
-        math.sqrt(ms_rest),
-        math.sqrt(total / size),
-        dof,
-    )
-
-
-def _bootstrap_means(d_SN: Floats, num_resamples: int, seed: int) -> Floats:
-    """Return means over resampled seeds and examples: multinomial weights times `d_SN`, in blocks."""
-    num_seeds, num_examples = d_SN.shape
-    generator = np.random.default_rng(seed)
-    block = max(1, min(num_resamples, BLOCK_ELEMENTS // num_examples))
-    means = np.empty(num_resamples)
-    for start in range(0, num_resamples, block):
-        size = min(block, num_resamples - start)
-        weights_BN = _counts(generator, size, num_examples)
-        weights_BS = _counts(generator, size, num_seeds)
-        means[start : start + size] = ((weights_BN @ d_SN.T) * weights_BS).sum(axis=1)
-    scaled: Floats = means / (num_seeds * num_examples)
-    return scaled
-
-
-def _counts(generator: np.random.Generator, size: int, num: int) -> Floats:
-    """Return `[size, num]` counts of `num` draws with replacement; faster than multinomial draws."""
-    draws = generator.integers(0, num, size=(size, num)) + num * np.arange(size)[:, None]
-    counts: Floats = np.bincount(draws.ravel(), minlength=size * num).astype(np.float64)
-    return counts.reshape(size, num)
-
-
-def _bounds(mean: float, deviations: Floats, dof: float, alpha: float) -> tuple[float, float]:
-    widen = float(scipy.stats.t.ppf(1 - alpha / 2, dof) / scipy.stats.norm.ppf(1 - alpha / 2))
-    low, high = np.quantile(deviations, (alpha / 2, 1 - alpha / 2))
-    return mean + widen * float(low), mean + widen * float(high)
-
-
-def _p_value(mean: float, deviations: Floats, dof: float) -> float:
-    """Return the smallest level whose interval excludes zero; never below 2 / (resamples + 1)."""
-    if not deviations.any():
-        return 1.0 if mean == 0 else 2.0 / (deviations.size + 1)
-
-    def margin(alpha: float) -> float:
-        low, high = _bounds(mean, deviations, dof, alpha)
-        return low if mean > 0 else -high
-
-    smallest, largest = 2.0 / (deviations.size + 1), 1.0 - 1e-9
-    if margin(smallest) > 0:
-        return smallest
-    if margin(largest) <= 0:
-        return 1.0
-    return float(scipy.optimize.brentq(margin, smallest, largest, xtol=1e-9))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -275,17 +238,40 @@ def minimum_detectable_effect(
 ) -> float:
     """Return the true paired difference that is found with probability `power` (Bonferroni over `num_comparisons`).
 
-    The spreads are those of `Difference`. With a spread between seeds, quantiles are t with `num_seeds - 1` dof.
+    The spreads are those of `Difference`, each with the quantiles that its interval will have: Student's with
+    `num_seeds - 1` dof for seeds and noise, Student's over examples for the rest, and for everything with one seed.
     """
-    variance = sd_seed**2 / num_seeds + sd_example**2 / num_examples + sd_noise**2 / (num_seeds * num_examples)
-    quantiles = scipy.stats.norm if sd_seed == 0 or num_seeds < 2 else scipy.stats.t(num_seeds - 1)
-    return float((quantiles.ppf(1 - alpha / (2 * num_comparisons)) + quantiles.ppf(power)) * math.sqrt(variance))
+    noise = sd_noise**2 / (num_seeds * num_examples)
+    by_example = sd_example**2 / num_examples + (noise if num_seeds == 1 else 0)
+    errors = {"examples": (math.sqrt(by_example), num_examples - 1)}
+    if num_seeds > 1:
+        errors["seeds"] = (math.sqrt(sd_seed**2 / num_seeds + noise), num_seeds - 1)
+    return _found_with(errors, alpha / num_comparisons, power)
+
+
+def _found_with(errors: Mapping[str, tuple[float, float]], alpha: float, power: float) -> float:
+    """Return the effect found at level `alpha` with probability `power`, from each source's standard error and dof.
+
+    The noncentral t of one source; for several, at the half width that `crossed.half_widths` gives them and with
+    Satterthwaite's degrees of freedom.
+    """
+    found = [(error**2, dof) for error, dof in errors.values() if error > 0]
+    total = sum(variance for variance, _ in found)
+    if total == 0:
+        return 0.0
+    dof = total**2 / sum(variance**2 / dof for variance, dof in found)
+    half = math.sqrt(sum(float(scipy.stats.t.isf(alpha / 2, dof)) ** 2 * variance for variance, dof in found))
+    at = half / math.sqrt(total)
+
+    def missing(centre: float) -> float:
+        return float(scipy.stats.nct.sf(at, dof, centre)) - power
+
+    return float(scipy.optimize.brentq(missing, 0.0, 3 * at + 10)) * math.sqrt(total)
 
 
 def resolvable_effect(result: Difference, *, num_comparisons: int, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Return the effect that a repetition would find with probability `power`, from the measured standard error."""
-    t = scipy.stats.t(result.dof)
-    return float((t.ppf(1 - alpha / (2 * num_comparisons)) + t.ppf(power)) * result.standard_error)
+    """Return the effect that a repetition would find with probability `power`, from the measured standard errors."""
+    return _found_with(result.errors, alpha / num_comparisons, power)
 
 
 def sign_consistency(result: Difference) -> tuple[int, int]:
@@ -293,6 +279,15 @@ def sign_consistency(result: Difference) -> tuple[int, int]:
     sign = np.sign(result.difference)
     same = sum(1 for value in result.per_seed if np.sign(value) == sign) if sign else 0
     return same, len(result.per_seed)
+
+
+def no_larger_than(result: Difference) -> float:
+    """Return the size that the true difference does not exceed, either way, as far as the interval says.
+
+    Below a margin declared in advance the arms are equivalent: both one-sided tests reject at half of 1 - confidence
+    (Schuirmann 1987), stricter than the usual pair at 1 - confidence.
+    """
+    return max(abs(result.low), abs(result.high))
 
 
 def verdict(comparison: Comparison) -> Verdict:

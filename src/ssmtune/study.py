@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
+import time
 import traceback
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pydantic
 import rich.console
 import rich.progress
 
 from ssmtune import records, stats, workers
-from ssmtune.errors import RecordError, SsmtuneError, nearest
-from ssmtune.study_cells import Cell, CellSpec, StudyCell, StudyConfig, StudyTask, expand
+from ssmtune.errors import RecordError, SsmtuneError, TrainingFailed
+from ssmtune.study_analysis import analyse, declared, metric_interval, num_comparisons, score_array
+from ssmtune.study_cells import Cell, CellSpec, expand
+from ssmtune.study_config import StudyCell, StudyConfig, StudyTask
+from ssmtune.study_estimate import Cost, Estimate, estimate
 
 __all__ = [
     "Cell",
@@ -30,6 +32,7 @@ __all__ = [
     "StudyConfig",
     "StudyTask",
     "analyse",
+    "estimate_study",
     "expand",
     "metric_interval",
     "preregister",
@@ -43,7 +46,8 @@ ASSUMED_SD = 0.45
 
 
 RunCell = Callable[[CellSpec], Mapping[str, Any]]
-"""Returns {"train": train record or None, "evaluate": evaluate record}; raises when the cell fails."""
+"""Returns {"train": train record or None, "evaluate": evaluate record, "transfer": [evaluate records]}, and, where rates
+were chosen, "tuned". A tuning run's evaluation is None. Raises when the cell fails."""
 
 
 def run_study(
@@ -51,72 +55,140 @@ def run_study(
     run_cell: RunCell,
     *,
     devices: Sequence[str] = (),
+    slots: Sequence[workers.Slot] | None = None,
     inputs: Mapping[str, str] | None = None,
+    only: Collection[str] | None = None,
     console: rich.console.Console | None = None,
 ) -> dict[str, Any]:
     """Run every cell that has no done record of the same digest; return and write the study record.
 
     Writes a pre-registration first, then one record per cell, failed ones included; a later call retries those.
-    Worker k sees only `devices[k % len(devices)]`. A worker that dies fails its own cell only.
+    `slots` is where cells run: by default `config.workers` processes on this machine, of which k sees only
+    `devices[k % len(devices)]`; `only` are the digests of cells to stop after. A worker that dies fails its own cell only,
+    and that cell is tried again.
     On Ctrl-C finished cells stay done and running ones are stopped.
+    Raises `RecordError` while another process runs this study.
     """
-    cells = expand(config, inputs=inputs)
-    preregister(config, inputs=inputs)
-    found = {
-        cell.digest: record for cell in cells if (record := _existing(cell)) is not None and record["status"] == "done"
-    }
-    jobs = [workers.Job(key=cell.digest, argument=cell, needs=cell.needs) for cell in cells if cell.digest not in found]
-    call = functools.partial(_execute, run_cell)
-    with (
-        _progress(console) as progress,
-        contextlib.closing(
-            workers.run_jobs(
-                jobs, call, workers=config.workers, devices=devices, done=frozenset(found), succeeded=_is_usable
-            )
-        ) as ended,
-    ):
-        at_once = min(len(jobs), max(1, config.workers))
-        bar = progress.add_task(config.name, total=len(cells), completed=len(found), failed=0, running=at_once)
-        for job, outcome in ended:
-            record = found[job.key] = _outcome(job.argument, outcome)
-            failed = sum(r["status"] == "failed" for r in found.values())
-            progress.update(bar, completed=len(found), failed=failed, running=outcome.num_running)
-            if record["error"]:
-                progress.console.print(
-                    f"{record['status']}: {job.argument.path.name}: {record['error']}", style="red", markup=False
+    with _alone(Path(config.output_dir)):
+        cells = expand(config, inputs=inputs)
+        registration = preregister(config, inputs=inputs)
+        earlier = {cell.digest: record for cell in cells if (record := _existing(cell)) is not None}
+        found = {digest: record for digest, record in earlier.items() if record["status"] == "done"}
+        jobs = [workers.Job(key=c.digest, argument=c, needs=c.needs) for c in cells if c.digest not in found]
+        jobs = [job for job in jobs if only is None or job.key in only]
+        if slots is None:
+            slots = workers.local_slots(min(config.workers, len(jobs)), devices)
+        call = functools.partial(_execute, run_cell, registration)
+        with (
+            _progress(console) as progress,
+            contextlib.closing(
+                workers.run_jobs(
+                    jobs,
+                    call,
+                    slots=slots,
+                    done=frozenset(found),
+                    succeeded=_is_usable,
+                    retries=config.retries,
+                    # What a message of ours explains, another attempt would not change.
+                    is_final=lambda error: isinstance(error, SsmtuneError),
                 )
-    study = analyse(list(found.values()), config, inputs=inputs)
-    records.write_json(Path(config.output_dir) / "study.json.gz", study)
+            ) as ended,
+        ):
+            before, started = len(found), time.monotonic()
+            bar = progress.add_task(
+                config.name,
+                total=before + len(jobs),
+                completed=before,
+                failed=0,
+                running=min(len(jobs), len(slots)),
+                left="",
+            )
+            for job, outcome in ended:
+                record = found[job.key] = _outcome(job.argument, registration, outcome, earlier.get(job.key))
+                failed = sum(r["status"] == "failed" for r in found.values())
+                pace = (time.monotonic() - started) / (len(found) - before)
+                left = _duration(pace * (before + len(jobs) - len(found)))
+                progress.update(bar, completed=len(found), failed=failed, running=outcome.num_running, left=left)
+                if record["error"]:
+                    progress.console.print(
+                        f"{record['status']}: {job.argument.path.name}: {record['error']}", style="red", markup=False
+                    )
+        study = analyse(list(found.values()), config, inputs=inputs)
+        records.write_json(Path(config.output_dir) / "study.json.gz", study)
     return study
 
 
-def preregister(config: StudyConfig, *, inputs: Mapping[str, str] | None = None) -> Path:
-    """Write config, outcomes and number of comparisons to `preregistration-<digest>.json`, unless it exists."""
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold the study's directory; the lock goes with the process, however it ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecordError(
+                f"{directory}: another process runs this study. Wait for it, or end it; finished cells stay."
+            ) from None
+        yield
+
+
+EXECUTION = ("output_dir", "workers", "retries")
+"""Fields that say how a study is run, not what it is."""
+
+
+def preregister(config: StudyConfig, *, inputs: Mapping[str, str] | None = None) -> str:
+    """Write config, outcomes and comparisons to `preregistration-<digest>.json`, unless it exists; return the digest.
+
+    Raises `RecordError` when the file says something else than its digest: then it was changed afterwards.
+    """
     plain = pydantic.TypeAdapter(StudyConfig).dump_python(config, mode="json")
-    digest = records.digest({"config": plain, "inputs": dict(inputs or {})})
+    plain = {name: value for name, value in plain.items() if name not in EXECUTION}
+    declaration = {"config": plain, "inputs": dict(inputs or {})}
+    digest = records.digest(declaration)
     path = Path(config.output_dir) / f"preregistration-{digest}.json"
     if path.exists():
-        return path
-    num = len(config.comparisons) * len(config.tasks)
-    resolvable = None
-    if config.num_examples and num:
-        resolvable = stats.minimum_detectable_effect(
-            num_seeds=len(config.seeds), num_examples=config.num_examples, sd_noise=ASSUMED_SD, num_comparisons=num
-        )
+        kept = records.read_record(path)
+        if records.digest({name: kept.get(name) for name in declaration}) != digest:
+            raise RecordError(f"{path}: was changed after it was written. Restore it, or declare a new study.")
+        return digest
+    families = {}
+    for name, family in config.all_families().items():
+        num = len(declared(config, family))
+        families[name] = {"num_comparisons": num, "minimum_detectable_effect": _resolvable_ahead(config, num)}
     value = {
         "kind": "preregistration",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "digest": digest,
-        "config": plain,
-        "inputs": dict(inputs or {}),
+        **declaration,
         "num_cells": len(expand(config, inputs=inputs)),
-        "num_comparisons": num,
-        "primary_outcomes": {task.name: task.primary for task in config.tasks},
+        "num_comparisons": num_comparisons(config),
+        "families": families,
+        "primary_outcomes": {task.name: task.primary for task in (*config.tasks, *config.transfer)},
         "method": stats.METHOD,
         "assumed_sd": ASSUMED_SD,
-        "minimum_detectable_effect": resolvable,
+        "minimum_detectable_effect": max(
+            (f["minimum_detectable_effect"] for f in families.values() if f["minimum_detectable_effect"]), default=None
+        ),
     }
-    return records.write_json(path, value)
+    records.write_json(path, value)
+    return digest
+
+
+def _resolvable_ahead(config: StudyConfig, num: int) -> float | None:
+    if not config.num_examples or not num:
+        return None
+    return stats.minimum_detectable_effect(
+        num_seeds=len(config.seeds), num_examples=config.num_examples, sd_noise=ASSUMED_SD, num_comparisons=num
+    )
+
+
+def estimate_study(
+    config: StudyConfig, cost_of: Callable[[CellSpec], Cost], *, inputs: Mapping[str, str] | None = None
+) -> Estimate:
+    """Return what the cells that have no done record will cost; runs nothing."""
+    cells = expand(config, inputs=inputs)
+    found = {cell.digest: record for cell in cells if (record := _existing(cell)) is not None}
+    return estimate(cells, found, cost_of, workers=config.workers)
 
 
 def read_cells(config: StudyConfig, *, inputs: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
@@ -126,47 +198,98 @@ def read_cells(config: StudyConfig, *, inputs: Mapping[str, str] | None = None) 
 
 def _existing(cell: Cell) -> dict[str, Any] | None:
     try:
-        record = records.read_record(cell.path, kind="study_cell")
+        record = records.read_record(cell.path, kind=_kind(cell))
     except (RecordError, zlib.error):
         return None
     return record if record.get("digest") == cell.digest else None
 
 
-def _execute(run_cell: RunCell, cell: Cell) -> dict[str, Any]:
-    """Run one cell where it was sent and return its record; made there, so that it names the device that was used."""
-    result = run_cell(cell.spec)
-    train, evaluation = result.get("train"), result["evaluate"]
-    statuses = [record["status"] for record in (train, evaluation) if record is not None]
+def _kind(cell: Cell) -> records.Kind:
+    return "study_tuning" if cell.spec.rates else "study_cell"
+
+
+def _execute(run_cell: RunCell, registration: str, cell: Cell) -> dict[str, Any]:
+    """Run one cell where it was sent, write its record and return it.
+
+    Made there, so that it names the device that was used; written there, so that nothing finished is lost with the caller.
+    """
+    started = time.monotonic()
+    try:
+        result = run_cell(cell.spec)
+    except TrainingFailed as diverged:
+        if not cell.spec.rates:
+            raise
+        # A rate at which training diverges is an answer.
+        return _write(cell, _record(cell, registration, "done", validation_loss=None, error=str(diverged)))
+    train, evaluations = result.get("train"), [result["evaluate"], *result.get("transfer", ())]
+    statuses = [record["status"] for record in (train, *evaluations) if record is not None]
     worst = next((status for status in ("failed", "aborted", "provisional") if status in statuses), "done")
-    return _record(
-        cell, worst, train=train, evaluate=evaluation, error=None if worst == "done" else f"a stage ended as {worst}"
-    )
+    error = None if worst == "done" else f"a stage ended as {worst}"
+    seconds = time.monotonic() - started
+    if cell.spec.rates:
+        assert train is not None
+        loss = min((entry["eval_loss"] for entry in train["eval_history"]), default=None)
+        return _write(cell, _record(cell, registration, worst, validation_loss=loss, error=error, seconds=seconds))
+    facts = {"train": train, "evaluate": evaluations[0], "transfer": evaluations[1:], "tuned": result.get("tuned", {})}
+    return _write(cell, _record(cell, registration, worst, **facts, error=error, seconds=seconds))
 
 
 def _is_usable(record: dict[str, Any]) -> bool:
     return record["status"] in ("done", "provisional")
 
 
-def _record(cell: Cell, status: Any, **facts: Any) -> dict[str, Any]:
+def _record(cell: Cell, registration: str, status: Any, **facts: Any) -> dict[str, Any]:
     spec = cell.spec
-    names = {"name": spec.cell, "task": spec.task, "seed": spec.seed, "digest": cell.digest}
-    return records.new_record("study_cell", config=asdict(spec), status=status, **names, **facts)
+    names = {"name": spec.arm, "task": spec.task, "seed": spec.seed, "digest": cell.digest}
+    axes = {"model": spec.model_name, "data_order": spec.data_order, "draw": spec.draw}
+    given = {**names, **axes, **({"rates": spec.rates} if spec.rates else {}), "preregistration": registration}
+    plain = pydantic.TypeAdapter(CellSpec).dump_python(spec, mode="json")
+    return records.new_record(_kind(cell), config=plain, status=status, **given, **facts)
 
 
-def _outcome(cell: Cell, outcome: workers.Outcome[dict[str, Any]]) -> dict[str, Any]:
-    """Return the record of a cell that ended, and write it."""
+def _write(cell: Cell, record: dict[str, Any]) -> dict[str, Any]:
+    records.write_json(cell.path, record)
+    return record
+
+
+def _outcome(
+    cell: Cell, registration: str, outcome: workers.Outcome[dict[str, Any]], before: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the record of a cell that ended, with the failures that preceded it; write what its worker has not."""
+    attempts = [{"error": _text(error)} for error in outcome.earlier]
+    if before is not None and before["status"] == "failed":
+        attempts = [*before.get("failed_attempts", ()), {"error": before["error"]}, *attempts]
     error = outcome.error
     if outcome.value is not None:
         record = outcome.value
+        # The file of a worker on another machine may not be here.
+        if not attempts and cell.path.exists():
+            return record
     elif error is None:
-        record = _record(cell, "failed", error=f"cell {cell.spec.reuse!r}, whose run it reuses, failed")
-    elif isinstance(error, BrokenProcessPool):
-        record = _record(cell, "failed", error="the worker process died (killed, or out of memory)")
+        record = _record(cell, registration, "failed", error="a cell whose outcome it needs failed" + _reused(cell))
     else:
-        message = str(error) if isinstance(error, SsmtuneError) else f"{type(error).__name__}: {error}"
-        record = _record(cell, "failed", error=message, traceback="".join(traceback.format_exception(error)))
-    records.write_json(cell.path, record)
-    return record
+        trace = {} if isinstance(error, (SsmtuneError, workers.WorkerDied)) else {"traceback": _trace(error)}
+        record = _record(cell, registration, "failed", error=_text(error), **trace)
+    return _write(cell, {**record, "failed_attempts": attempts})
+
+
+def _reused(cell: Cell) -> str:
+    return f": {cell.spec.reuse!r}, whose run it reuses" if cell.spec.reuse else ": a tuning run"
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, workers.WorkerDied):
+        return "the worker process died (killed, or out of memory)"
+    return str(error) if isinstance(error, SsmtuneError) else f"{type(error).__name__}: {error}"
+
+
+def _trace(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for a reader: "2:05:07"."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _progress(console: rich.console.Console | None) -> rich.progress.Progress:
@@ -176,156 +299,6 @@ def _progress(console: rich.console.Console | None) -> rich.progress.Progress:
         rich.progress.BarColumn(),
         rich.progress.TextColumn(columns[1] + "{task.fields[running]} running"),
         rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("left:"),
-        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("left: {task.fields[left]}"),
         console=console or rich.console.Console(stderr=True),
     )
-
-
-def analyse(
-    cells: Sequence[Mapping[str, Any]], config: StudyConfig, *, inputs: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """Return the study record: arms with intervals, declared comparisons, failures. Only done records enter a figure.
-
-    Records of another digest than the config expands to are ignored, so cells of an earlier config never mix in.
-    """
-    expected = expand(config, inputs=inputs)
-    by_digest = {record["digest"]: record for record in cells}
-    found = [(cell, by_digest[cell.digest]) for cell in expected if cell.digest in by_digest]
-    done = {
-        (c.spec.cell, c.spec.task, c.spec.seed): record["evaluate"] for c, record in found if record["status"] == "done"
-    }
-    left_out = [
-        {
-            "name": c.spec.cell,
-            "task": c.spec.task,
-            "seed": c.spec.seed,
-            "status": record["status"],
-            "error": record["error"],
-        }
-        for c, record in found
-        if record["status"] != "done"
-    ]
-    comparisons = _comparisons(config, done)
-    statuses = [record["status"] for _, record in found]
-    mixed = _tasks_of_mixed_code(found)
-    complete = len(done) == len(expected) and not mixed
-    return records.new_record(
-        "study",
-        config=pydantic.TypeAdapter(StudyConfig).dump_python(config, mode="json"),
-        status="done" if complete else "provisional",
-        name=config.name,
-        arms=list(config.cells),
-        tasks=[_task_table(config, task, done) for task in config.tasks],
-        comparisons=[comparison.to_dict() for comparison in comparisons],
-        num_comparisons=len(config.comparisons) * len(config.tasks),
-        minimum_detectable_effect=[
-            {
-                "arm": c.arm,
-                "baseline": c.baseline,
-                "task": c.task,
-                "effect": stats.resolvable_effect(c.result, num_comparisons=len(comparisons)),
-            }
-            for c in comparisons
-        ],
-        method=stats.METHOD,
-        num_cells={"expected": len(expected), **{status: statuses.count(status) for status in sorted(set(statuses))}},
-        missing=[cell.path.name for cell in expected if cell.digest not in by_digest],
-        failures=left_out,
-        mixed_code=mixed,
-    )
-
-
-def _tasks_of_mixed_code(found: Sequence[tuple[Cell, Mapping[str, Any]]]) -> list[str]:
-    """Tasks whose done cells ran different sources: their differences may be the code's, so the study is provisional."""
-    codes: dict[str, set[str | None]] = {}
-    for cell, record in found:
-        if record["status"] == "done":
-            codes.setdefault(cell.spec.task, set()).add(record.get("environment", {}).get("code"))
-    return sorted(task for task, different in codes.items() if len(different) > 1)
-
-
-Done = Mapping[tuple[str, str, int], Mapping[str, Any]]
-"""(cell, task, seed) -> evaluate record."""
-
-
-def _task_table(config: StudyConfig, task: StudyTask, done: Done) -> dict[str, Any]:
-    arms = []
-    for name in config.cells:
-        evaluations = [done[(name, task.name, seed)] for seed in config.seeds if (name, task.name, seed) in done]
-        if not evaluations:
-            continue
-        metrics = {}
-        for metric in evaluations[0]["metrics"]:
-            interval, over, values = metric_interval(evaluations, metric)
-            metrics[metric] = {**interval.to_dict(), "over": over, "values": values}
-        arms.append({"name": name, "num_seeds": len(evaluations), "metrics": metrics})
-    return {"task": task.name, "size": task.size, "primary": task.primary, "arms": arms}
-
-
-def metric_interval(evaluations: Sequence[Mapping[str, Any]], metric: str) -> tuple[stats.Interval, str, list[float]]:
-    """Return mean and interval, what it ranges over ("seeds", or "examples" for one seed), and each seed's value."""
-    values = [float(evaluation["metrics"][metric]) for evaluation in evaluations]
-    if len(values) > 1:
-        # Student's interval of a share near 0 or 1 reaches beyond what a share can be.
-        interval = stats.mean_interval(values)
-        return (stats.clipped(interval) if all(0 <= v <= 1 for v in values) else interval), "seeds", values
-    scores = evaluations[0]["scores"].get(metric)
-    return (stats.example_interval(scores) if scores else stats.mean_interval(values)), "examples", values
-
-
-def _comparisons(config: StudyConfig, done: Done) -> list[stats.Comparison]:
-    """The declared comparisons that have data, with Holm's adjustment over all; a missing one counts as p = 1."""
-    made = []
-    for task in config.tasks:
-        for arm, baseline in config.comparisons:
-            result = _paired(config, task, arm, baseline, done)
-            if result is not None:
-                made.append(
-                    stats.Comparison(arm=arm, baseline=baseline, task=task.name, metric=task.primary, result=result)
-                )
-    missing = len(config.tasks) * len(config.comparisons) - len(made)
-    adjusted = stats.holm([comparison.result.p for comparison in made] + [1.0] * missing)
-    return [replace(comparison, p_holm=p) for comparison, p in zip(made, adjusted, strict=False)]
-
-
-def _paired(config: StudyConfig, task: StudyTask, arm: str, baseline: str, done: Done) -> stats.Difference | None:
-    sides = [[(seed, done.get((name, task.name, seed))) for seed in config.seeds] for name in (arm, baseline)]
-    untrained = [config.cells[n].recipe is None and config.cells[n].reuse is None for n in (arm, baseline)]
-    kept = [
-        [
-            evaluation
-            for seed, evaluation in side
-            if evaluation and (fixed or _both(arm, baseline, task, seed, untrained, done))
-        ]
-        for side, fixed in zip(sides, untrained, strict=True)
-    ]
-    if not kept[0] or not kept[1]:
-        return None
-    scores = [score_array(evaluations, task.primary) for evaluations in kept]
-    if kept[0][0]["example_ids"] != kept[1][0]["example_ids"]:
-        raise RecordError(
-            f"{task.name}: {arm} and {baseline} were evaluated on different examples, so they cannot be paired."
-        )
-    return stats.paired_difference(scores[0], scores[1], seed=0)
-
-
-def _both(arm: str, baseline: str, task: StudyTask, seed: int, untrained: Sequence[bool], done: Done) -> bool:
-    names = [name for name, fixed in zip((arm, baseline), untrained, strict=True) if not fixed]
-    return all((name, task.name, seed) in done for name in names)
-
-
-def score_array(evaluations: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return scores as `[seeds, examples]`. Raises `RecordError` when examples differ or `metric` is missing."""
-    first = evaluations[0]
-    for evaluation in evaluations:
-        where = f"evaluation of {evaluation.get('name')!r} on {evaluation.get('task')!r}, seed {evaluation.get('seed')}"
-        if metric not in evaluation["scores"]:
-            raise RecordError(f"{where}: no scores of {metric!r}; {nearest(metric, evaluation['scores'])}.")
-        if evaluation["example_ids"] != first["example_ids"] or len(evaluation["scores"][metric]) != len(
-            first["example_ids"]
-        ):
-            raise RecordError(
-                f"{where}: its examples are not those of the first seed. Evaluate all arms on the same data."
-            )
-    return np.asarray([evaluation["scores"][metric] for evaluation in evaluations], dtype=np.float64)

@@ -63,7 +63,10 @@ class OptimizerConfig:
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
-    """What a run.yaml holds."""
+    """What a run.yaml holds.
+
+    `data_order` seeds the order of the rows and `placement_seed` a random placement; None is `seed`.
+    """
 
     model: str
     output_dir: str
@@ -76,6 +79,8 @@ class TrainConfig:
     without: tuple[str, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     seed: int = 0
+    data_order: int | None = None
+    placement_seed: int | None = None
     num_epochs: float = pydantic.Field(default=3.0, gt=0)
     max_steps: int | None = pydantic.Field(default=None, ge=1)
     rows_per_step: int = pydantic.Field(default=8, ge=1)
@@ -236,6 +241,8 @@ def make_config_plan(config: TrainConfig, model: Any) -> Plan:
     recipe = config.recipe
     if isinstance(recipe, str):
         recipe = named_recipe(recipe, **asdict(config.lora), seed=config.seed, allow_unmatched=config.allow_unmatched)
+    if config.placement_seed is not None:
+        recipe = replace(recipe, edits=tuple(replace(edit, seed=config.placement_seed) for edit in recipe.edits))
     recipe = replace(recipe, without=(*recipe.without, *config.without))
     return make_plan(model, recipe, budget=config.budget)
 
@@ -256,8 +263,7 @@ def _make_trainer(
     from ssmtune.sft import EditTrainer, make_sft_config
 
     keep_activations(adapted, config.memory)
-    steps_per_epoch = -(-len(data.train) // (config.rows_per_step * config.num_accumulated))
-    num_steps = num_warmup_steps or config.max_steps or max(1, round(steps_per_epoch * config.num_epochs))
+    num_steps = num_warmup_steps or num_training_steps(config, len(data.train))
     return EditTrainer(
         adapted,
         make_sft_config(
@@ -272,6 +278,12 @@ def _make_trainer(
         run_id=record["run_id"],
         progress=progress,
     )
+
+
+def num_training_steps(config: TrainConfig, num_rows: int) -> int:
+    """Return how many optimiser steps a run of `config` takes on so many rows."""
+    steps_per_epoch = -(-num_rows // (config.rows_per_step * config.num_accumulated))
+    return config.max_steps or max(1, round(steps_per_epoch * config.num_epochs))
 
 
 def _run(trainer: EditTrainer, on_message: Callable[[str], None]) -> None:

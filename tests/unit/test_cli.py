@@ -54,7 +54,16 @@ OPTIONS = {
     "export": {"run", "to", "out", "model", "type_", "dtype", "drop_extras", "bake_extras", "json_output"},
     "adapters": {"directories", "json_output"},
     "diff": {"a", "b", "rows", "json_output"},
-    "study": {"study_yaml", "devices", "dry_run", "json_output"},
+    "study": {
+        "study_yaml",
+        "devices",
+        "engine",
+        "address",
+        "estimate",
+        "calibrate",
+        "dry_run",
+        "json_output",
+    },
     "report": {"directory", "out", "title"},
     "doctor": {"leak", "device", "json_output"},
     "bench": {

@@ -72,7 +72,8 @@ def test_runs_once_and_preregisters_first(tmp_path: Path) -> None:
     assert result["status"] == "done" and result["num_cells"] == {"expected": 7, "done": 7}
     registered = json.loads(next(tmp_path.glob("preregistration-*.json")).read_text())
     assert registered["num_comparisons"] == 3 and registered["primary_outcomes"] == {"classification": "exact"}
-    assert 0 < registered["minimum_detectable_effect"] < 0.2
+    # Two seeds leave one degree of freedom, which resolves nearly nothing: that has to be said in advance.
+    assert registered["minimum_detectable_effect"] > 0.5
     assert (tmp_path / "cells" / "V4-classification-seed1.json.gz").exists()
     again = Counting()
     run(config, again)
@@ -140,7 +141,7 @@ def kill_first_time(marker: str, spec: CellSpec) -> dict[str, Any]:
 
 
 def test_killed_worker_fails_its_own_cell_only(tmp_path: Path) -> None:
-    config = make(tmp_path, workers=2)
+    config = make(tmp_path, workers=2, retries=0)
     cell = functools.partial(kill_first_time, str(tmp_path / "killed"))
     result = run(config, cell, devices=["3", "5"])
     assert result["num_cells"] == {"expected": 7, "done": 6, "failed": 1}
@@ -164,12 +165,13 @@ def test_ctrl_c_leaves_finished_cells_done(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(config, interrupted)
-    assert {r["name"] for r in study.read_cells(config)} == {"base", "V1"}
+    # The cell that was interrupted may end in its thread; none is begun after it.
+    assert {"base", "V1"} <= {r["name"] for r in study.read_cells(config)} <= {"base", "V1", "V2"}
     with pytest.raises(KeyboardInterrupt):
         run(config, raising)
     rest = Counting()
     run(config, rest)
-    assert "V1-0" not in rest.ran and "V2-0" in rest.ran
+    assert "V1-0" not in rest.ran and "V4-0" in rest.ran
 
 
 def test_reuse_waits_for_its_source_and_fails_with_it(tmp_path: Path) -> None:
@@ -177,8 +179,8 @@ def test_reuse_waits_for_its_source_and_fails_with_it(tmp_path: Path) -> None:
     config = make(tmp_path, cells=cells, comparisons=[["V3", "V4"]], seeds=[0])
 
     def reusing(spec: CellSpec) -> dict[str, Any]:
-        if spec.reuse_record:
-            assert records.read_record(spec.reuse_record)["name"] == "V4"
+        if spec.reuse_run:
+            assert Path(spec.reuse_run).name.startswith("V4-classification-seed0-")
             return {"train": None, "evaluate": synthetic.evaluate_record("V4", spec.task, spec.seed)}
         return synthetic.fake_cell(spec)
 

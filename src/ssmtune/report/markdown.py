@@ -17,6 +17,9 @@ def study_markdown(study: Mapping[str, Any]) -> str:
     parts = [part for table in study["tasks"] for part in (f"### {table['task']}", _outcomes(table))]
     parts += ["### Comparisons declared in advance", _comparisons(study, shares)]
     adjusted = f"Holm's adjustment over all {study['num_comparisons']} declared comparisons."
+    if len(families := study.get("families", ())) > 1:
+        sizes = ", ".join(f"{family['name']} ({family['num_comparisons']})" for family in families)
+        adjusted = f"{study['num_comparisons']} declared comparisons; Holm's adjustment within each family: {sizes}."
     parts.append(f"Intervals of 95 %: {study['method']}.\n{adjusted}")
     parts.append(_counts(study))
     return "\n\n".join(parts) + "\n"
