@@ -39,6 +39,7 @@ ORDER = (
     {"peft_layers", "selection"},
     {"attach", "adapter_files"},
     {"base_stream", "merged_files", "restore"},
+    {"row_merge"},
     {"merge", "core_report", "core_guard", "schedules", "widen", "compiled", "truncate", "adapters", "adapter_set"},
     {"training_data"},
     {"train", "sft", "watch", "warmup"},
