@@ -65,7 +65,7 @@ def write_base(config_path: Path, directory: Path) -> None:
     for i, (name, parameter) in enumerate(tensors.items()):
         source, left = block.roll(i * 997), parameter.numel()
         while left:
-            writer.write(name, source[:left])
+            writer.write(name, source[:left], parameter.numel() - left)
             left -= min(left, len(source))
     writer.finish()
 

@@ -358,9 +358,10 @@ def gguf_families() -> str:
             words.append(row["refused"])
         elif not row["ok"]:
             words.append(next(check["detail"] for check in checks.values() if not check["ok"]))
-        if "explained" in row:
-            words.append(f"{row['explained']['cause']}: without that {row['explained']['max_abs_logprob']:.1e}")
-        matches = "refused" if row["refused"] else "yes" if row["ok"] else "no"
+        gelu = checks.get("f32", {}).get("gelu_table")
+        if gelu and row["ok"]:
+            words.append(checks["f32"]["detail"])
+        matches = "refused" if row["refused"] or not row["ok"] else "yes, but for GELU" if gelu else "yes"
         rows.append([row["name"], matches, *figures, "; ".join(words) or "-"])
     figures = [f"{t}: {'largest difference' if t == 'f32' else 'mean divergence'}, nats" for t in types]
     packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items())

@@ -56,6 +56,13 @@ def sample_of(tensor: torch.Tensor) -> torch.Tensor:
     return sample_every(flat.numel(), lambda stride, limit: flat[::stride][:limit])
 
 
+def sampled_within(num: int, start: int, end: int) -> tuple[int, range]:
+    """Return which elements from `start` to `end` are in the sample of a tensor of `num`: the place of the first, and all."""
+    stride = max(1, num // SAMPLES_PER_TENSOR)
+    first, last = -(-start // stride), min(SAMPLES_PER_TENSOR + 1, -(-end // stride))
+    return first, range(first * stride, last * stride, stride)
+
+
 def sample_every(num: int, every: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
     """Return the sample of a tensor of `num` elements, of which `every(stride, limit)` gives some."""
     stride = max(1, num // SAMPLES_PER_TENSOR)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from ssmtune import adapter_files
 from ssmtune.adapter_files import SavedAdapter, refuse_other_base
 from ssmtune.attach import AdaptedModel
-from ssmtune.base_digest import digest_of_samples, sample_of
+from ssmtune.base_digest import digest_of_samples, sample_of, sampled_within
 from ssmtune.base_tensors import owner_of
 from ssmtune.checkpoint import DTYPES, ShardWriter, read_checkpoint
 from ssmtune.errors import CheckFailed, ConfigError
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5_000_000_000
 """Largest file of weights; a larger tensor gets one of its own."""
+COPY_PART = 1 << 24
+"""Elements that are copied unchanged before another thread may take the next."""
 NAMES = {getattr(torch, value): name for name, value in DTYPES.items()}
 
 
@@ -145,18 +147,51 @@ class MergedWeights:
             )
         self._writer = ShardWriter(draft, tensors, max_bytes=SHARD_BYTES)
         self.num_bytes = self._writer.num_bytes
-        self._samples = {n: s.to(self._on_load[n]).float() for n, s in base.samples.items()}
+        self._samples = {n: s.to(self._on_load[n]).float().clone() for n, s in base.samples.items()}
 
     def _dtype_of(self, unit: Unit, entry: Entry) -> torch.dtype:
         return self.dtypes[unit.names[0]] if entry.dtype in FLOATS else entry.torch_dtype
 
-    def copy(self, unit: Unit) -> None:
-        """Write a unit as it is in the base, in the dtype that was asked for."""
-        for key, entry in unit.entries.items():
-            for block in entry.blocks():
-                if entry.dtype in FLOATS:
-                    block = block.to(self._units.dtypes[unit.names[0]]).to(self.dtypes[unit.names[0]])
-                self._writer.write(key, block)
+    def parts(self, unit: Unit) -> list[tuple[str, int, int]]:
+        """Return what `copy` takes at a time: a tensor's name in the checkpoint, its first element, and how many."""
+        return [
+            (key, start, min(COPY_PART, entry.num - start))
+            for key, entry in unit.entries.items()
+            for start in range(0, max(1, entry.num), COPY_PART)
+        ]
+
+    def copy(self, unit: Unit, part: tuple[str, int, int]) -> None:
+        """Write a part of a unit as it is in the base, in the dtype that was asked for."""
+        key, start, num = part
+        entry = unit.entries[key]
+        for block in entry.part(start, num).blocks():
+            if entry.dtype in FLOATS:
+                block = block.to(self._units.dtypes[unit.names[0]]).to(self.dtypes[unit.names[0]])
+            self._writer.write(key, block, start)
+            start += len(block)
+
+    def shape_of(self, unit: Unit) -> tuple[int, ...]:
+        """Return the shape of a unit that is one tensor, in the checkpoint as in the model."""
+        (entry,) = unit.entries.values()
+        return entry.shape
+
+    def base_rows(self, unit: Unit, first: int, end: int) -> torch.Tensor:
+        """Return rows of a unit that is one matrix, [end - first, I], as they are after loading."""
+        (entry,) = unit.entries.values()
+        width = entry.shape[1]
+        rows = entry.part(first * width, (end - first) * width).read().view(-1, width)
+        return rows.to(self._units.dtypes[unit.names[0]])
+
+    def put_rows(self, unit: Unit, first: int, stored_NI: torch.Tensor) -> None:
+        """Write rows of a unit that is one matrix, from `first` on, already in the dtype of the file."""
+        ((key, entry),) = unit.entries.items()
+        (name,) = unit.names
+        start = first * entry.shape[1]
+        self._writer.write(key, stored_NI, start)
+        place, elements = sampled_within(entry.num, start, start + stored_NI.numel())
+        if elements:
+            taken = stored_NI.reshape(-1)[elements.start - start : elements.stop - start : elements.step]
+            self._samples[name][place : place + len(elements)] = taken.to(self._on_load[name])
 
     def put(self, unit: Unit, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write a unit with new values, by their names in the model."""

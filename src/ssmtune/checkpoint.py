@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ssmtune.config import parse_json, read_json
@@ -87,18 +88,16 @@ class Entry:
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """Yield the tensor's elements in order, [n] each, at most `BLOCK_BYTES` at a time."""
-        size = ITEM_BYTES.get(self.dtype, 1)
-        step = BLOCK_BYTES // size
+        step = BLOCK_BYTES // ITEM_BYTES.get(self.dtype, 1)
         for start in range(0, self.num, step):
-            num = min(step, self.num - start)
-            part = Entry(
-                file=self.file,
-                dtype=self.dtype,
-                shape=(num,),
-                first=self.first + start * size,
-                num_bytes=num * size,
-            )
-            yield part.read()
+            yield self.part(start, min(step, self.num - start)).read()
+
+    def part(self, start: int, num: int) -> Entry:
+        """Return `num` elements of the flat tensor from `start` on, as an entry of their own, [num]."""
+        size = ITEM_BYTES.get(self.dtype, 1)
+        return Entry(
+            file=self.file, dtype=self.dtype, shape=(num,), first=self.first + start * size, num_bytes=num * size
+        )
 
     def every(self, stride: int, limit: int) -> torch.Tensor:
         """Return elements 0, stride, 2 stride, ... of the flat tensor, at most `limit`, read without the others."""
@@ -233,7 +232,8 @@ def inside(directory: Path, name: str) -> Path:
 class ShardWriter:
     """Writes tensors whose names, dtypes and shapes are known before their values, into files of bounded size.
 
-    `write` may come in any order and in parts. `finish` flushes the files and raises when a byte is missing.
+    `write` may come in any order, in parts, and from several threads. `finish` flushes the files and raises when a byte
+    is missing.
     """
 
     def __init__(self, directory: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, max_bytes: int) -> None:
@@ -254,6 +254,7 @@ class ShardWriter:
         self._streams: dict[str, FileIO] = {}
         self._places: dict[str, tuple[str, int, int]] = {}
         self._left: dict[str, int] = {}
+        self._counting = Lock()
         for file, shard in zip(self.files, shards, strict=True):
             self._open(directory / file, file, shard)
         if len(shards) > 1:
@@ -281,13 +282,14 @@ class ShardWriter:
             self._left[name] = end - begin
         self.num_bytes += first
 
-    def write(self, name: str, values: torch.Tensor) -> None:
-        """Append `values` (already in the tensor's dtype) to what was written of the tensor `name`."""
+    def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
+        """Write `values` (already in the tensor's dtype) as the elements of the tensor `name` from `start` on, once each."""
         file, first, num_bytes = self._places[name]
-        data = _bytes_of(values.detach().contiguous().reshape(-1))
-        assert len(data) <= self._left[name], name
-        self._write_at(file, data, first + num_bytes - self._left[name])
-        self._left[name] -= len(data)
+        data, offset = _bytes_of(values.detach().contiguous().reshape(-1)), start * values.element_size()
+        assert offset + len(data) <= num_bytes, name
+        self._write_at(file, data, first + offset)
+        with self._counting:
+            self._left[name] -= len(data)
 
     def _write_at(self, file: str, data: bytes | memoryview, position: int) -> None:
         stream = self._streams[file]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import rich.console
 import rich.progress
 import torch
-from peft.tuners.lora.layer import LoraLayer
 
 from ssmtune import adapter_files
 from ssmtune.adapter_files import OUR_TENSORS, PEFT_TENSORS, SavedAdapter
@@ -22,14 +22,23 @@ from ssmtune.base_tensors import base_tensor, owner_of
 from ssmtune.errors import AttachError, CheckFailed, ConfigError
 from ssmtune.merge_difference import difference_to_training
 from ssmtune.merged_files import copy_beside, refuse_merged, write_provenance
-from ssmtune.methods._low_rank import decomposed
 from ssmtune.models import Dtype, load_config, load_model, load_tokenizer, model_location
 from ssmtune.peft_layers import module_name
 from ssmtune.quantized import dense, other_base_expected, refuse_four_bits
 from ssmtune.records import file_sha256
 from ssmtune.restore import edited_roles, give_back, restored_rows
-from ssmtune.rounding import Survival, rounding_of, survival_by_role, survival_of
-from ssmtune.weight_units import CannotStream
+from ssmtune.rounding import Survival, Tally, survival_by_role, tally_of
+from ssmtune.row_merge import (
+    RowMerge,
+    await_copies,
+    await_rows,
+    change_by_rows,
+    effective_matrix,
+    lora_layer,
+    low_rank_rows,
+    single_threads,
+)
+from ssmtune.weight_units import CannotStream, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,17 +107,16 @@ def _effective(adapted: AdaptedModel, path: str) -> torch.Tensor:
     value, narrow = dense(tensor).detach().float(), tensor.data
     for site in sites:
         if site.container == "module":
-            layer = _lora_layer(adapted, path, module_name(site))
+            layer = lora_layer(adapted, path, module_name(site))
+            if change_of_rows := low_rank_rows(layer):
+                return effective_matrix(change_of_rows, dense(tensor).detach())
             # PEFT gives the change of packed experts in the dtype of their tensor, which would round it before the sum.
             if len(site.shape) == 3:
                 tensor.data = value
             change: torch.Tensor = layer.get_delta_weight("default").float()
             tensor.data = narrow
             # Into the change, which is new: `value` is the base itself where that is fp32.
-            value = change.add_(value)
-            if layer.lora_magnitude_vector:
-                value = decomposed(value, layer.lora_magnitude_vector["default"].weight[:, None])
-            return value
+            return change.add_(value)
         edit: Any = adapted.edits[site.key]
         training = edit.training
         # On fp32 an edit does not round; dropout is for training alone.
@@ -117,28 +125,14 @@ def _effective(adapted: AdaptedModel, path: str) -> torch.Tensor:
     return value
 
 
-def _lora_layer(adapted: AdaptedModel, path: str, module: str) -> Any:
-    """PEFT's layer for a site: around the module, or, for packed experts, the one of a chain that holds this tensor."""
-    model = adapted.base_model.model
-    if path.endswith(".weight"):
-        layer = model.get_submodule(module)
-        assert isinstance(layer, LoraLayer)
-        return layer
-    parent, _, name = path.rpartition(".")
-    owner: Any = model.get_submodule(parent)
-    while isinstance(owner, LoraLayer):
-        if getattr(owner, "parameter_name", None) == name:
-            return owner
-        owner = owner.base_layer
-    raise AssertionError(f"no LoRA layer holds {path}")
-
-
 def survival_report(adapted: AdaptedModel, dtype: torch.dtype = torch.bfloat16) -> list[Survival]:
     """Return for each edited tensor how much of its change survives rounding to `dtype`."""
     roles = edited_roles(adapted.plan)
     with torch.no_grad():
         return [
-            survival_of(path, roles[path], dense(base_tensor(adapted.base_model.model, path)), value, dtype)
+            tally_of(dense(base_tensor(adapted.base_model.model, path)), value, value.to(dtype)).survival(
+                path, roles[path]
+            )
             for path, value in effective_tensors(adapted).items()
         ]
 
@@ -238,8 +232,9 @@ def _in_memory(
     survival, rounding = [], []
     for path, value in exact.items():
         stored = torch.float32 if path in core else target
-        survival.append(survival_of(path, roles[path], base_tensor(adapted.base_model.model, path), value, stored))
-        rounding.append(rounding_of(path, roles[path], value, value.to(stored)))
+        tally = tally_of(base_tensor(adapted.base_model.model, path), value, value.to(stored))
+        survival.append(tally.survival(path, roles[path]))
+        rounding.append(tally.rounding(path, roles[path]))
     merged = merge(adapted, restore=restore) if make_plain is None else make_plain(adapted)
     with torch.no_grad():
         for path in core & set(exact):
@@ -282,24 +277,39 @@ def _stream(
     model, restored = adapted.base_model.model, restored_rows(adapted, restore)
     survival, rounding = [], []
     bar = rich.progress.Progress(console=rich.console.Console(stderr=True), disable=not progress)
-    with bar, base.writer(draft, dtype, core) as output, torch.no_grad():
-        for unit in bar.track(base.units, description="merge"):
+
+    def change_whole(unit: Unit, paths: Mapping[str, str]) -> dict[str, Tally]:
+        tensors, found = base.read(unit), {}
+        for n, path in paths.items():
+            tensor = tensors[n]
+            place_tensor(model, path, tensor)
+            exact = _effective(adapted, path)
+            place_tensor(model, path, torch.empty_like(tensor, device="meta"))
+            give_back(exact, tensor, restored.get(path, ()))
+            tensors[n] = exact.to(output.dtypes[n])
+            found[n] = tally_of(tensor, exact, tensors[n])
+        output.put(unit, tensors)
+        return found
+
+    with bar, base.writer(draft, dtype, core) as output, single_threads() as pool, torch.no_grad():
+        jobs: list[Callable[[], dict[str, Tally]]] = []
+        for unit in base.units:
             paths = {n: path for n in unit.names if (path := base.path_of(n)) in roles}
+            change = change_by_rows(adapted, unit, paths)
             if not paths:
-                output.copy(unit)
-                continue
-            tensors = base.read(unit)
-            for n, path in paths.items():
-                tensor = tensors[n]
-                place_tensor(model, path, tensor)
-                exact = _effective(adapted, path)
-                place_tensor(model, path, torch.empty_like(tensor, device="meta"))
-                give_back(exact, tensor, restored.get(path, ()))
-                tensors[n] = exact.to(output.dtypes[n])
+                jobs.append(partial(await_copies, [pool.submit(output.copy, unit, p) for p in output.parts(unit)]))
+            elif change is not None:
+                ((only, path),) = paths.items()
+                rows = RowMerge(unit=unit, change=change, restored=restored.get(path, ()), output=output)
+                jobs.append(partial(await_rows, only, [pool.submit(rows.run, part) for part in rows.parts()]))
+            else:
+                jobs.append(partial(change_whole, unit, paths))
+        for job in bar.track(jobs, description="merge"):
+            for n, tally in job().items():
+                path = base.path_of(n)
                 if base.is_first(n):
-                    survival.append(survival_of(path, roles[path], tensor, exact, output.dtypes[n]))
-                    rounding.append(rounding_of(path, roles[path], exact, tensors[n]))
-            output.put(unit, tensors)
+                    survival.append(tally.survival(path, roles[path]))
+                    rounding.append(tally.rounding(path, roles[path]))
         digest = output.finish()
     ids_BT = _small_prompts(draft)
     return {

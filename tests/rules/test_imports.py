@@ -51,6 +51,7 @@ ORDER = (
     {"attach", "adapter_files"},
     {"base_stream", "merged_files", "restore", "merge_difference"},
     {"head_loss", "memory"},
+    {"row_merge"},
     {"merge", "core_report", "core_guard", "schedules", "widen", "compiled", "truncate", "adapters", "adapter_set"},
     {"training_data"},
     {"train", "sft", "watch", "warmup"},

@@ -19,7 +19,7 @@ from ssmtune.evaluate import EvaluateConfig, evaluate, trained_facts
 from ssmtune.evaluate_llamacpp import answer_through_llamacpp, write_gguf
 from ssmtune.export import agreement, converter
 from ssmtune.export._answer import until_end
-from ssmtune.export.agreement import F32_LIMIT
+from ssmtune.export.judgement import F32_LIMIT
 from ssmtune.merge import merge_to
 from ssmtune.models import load_model, load_tokenizer
 from ssmtune.plan import make_plan

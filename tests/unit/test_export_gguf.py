@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
+import importlib.util
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader, dequantize
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Mamba2Config, Starcoder2Config
 
 from ssmtune.errors import CheckFailed, ConfigError
-from ssmtune.export import ExportConfig, agreement, converter, export
-from ssmtune.export.agreement import F32_LIMIT, check_gguf
-from ssmtune.export.converter import convert, pre_type, restored_fields
+from ssmtune.export import ExportConfig, _quantise, agreement, converter, export
+from ssmtune.export.agreement import check_gguf
+from ssmtune.export.config_words import restored_fields
+from ssmtune.export.converter import convert, pre_type
+from ssmtune.export.judgement import F32_LIMIT, KL_LIMITS
+from ssmtune.export.tensor_types import q4_k_m_types
 from ssmtune.models import load_model, load_tokenizer, model_location
 
 BUNDLED = "tiny-granite-h"
@@ -108,6 +116,120 @@ def test_an_unknown_architecture_is_refused_in_the_converters_words(model: Path,
     assert not (tmp_path / "other.gguf").exists()
 
 
+@pytest.mark.usefixtures("in_process")
+def test_q4_k_m_answers_nearly_as_the_model(bundled_adapter: Path, gguf: Path, tmp_path: Path) -> None:
+    """And the package gguf, which reads these types in code of its own, finds the weights in it."""
+    out = tmp_path / "m.gguf"
+    record = export(ExportConfig(run=str(bundled_adapter), to="gguf", out=str(out), type="q4_k_m"))
+    assert record["check"]["ok"] and 1e-3 < record["check"]["mean_kl"] < KL_LIMITS["q4_k_m"]
+    assert 0.03 < record["converter"]["largest_error"]["relative"] < 0.1
+    assert record["converter"]["tensor_types"] == {"F32": 43, "Q4_K": 29, "Q6_K": 4}
+    assert record["converter"]["fell_back"] == {} and record["converter"]["core_types"] == ["F32"]
+    assert record["summary"][0] == "Tensors: 43 F32, 29 Q4_K, 4 Q6_K."
+    assert out.stat().st_size < gguf.stat().st_size / 5
+    wide, narrow = GGUFReader(gguf), {t.name: t for t in GGUFReader(out).tensors}
+    assert [f for f in GGUFReader(out).fields if f not in wide.fields] == []
+    embedding = next(t for t in wide.tensors if t.name == "token_embd.weight")
+    found = dequantize(narrow["token_embd.weight"].data, narrow["token_embd.weight"].tensor_type)
+    assert np.linalg.norm(found - embedding.data) < 0.03 * np.linalg.norm(embedding.data)
+
+
+def test_quantised_rows_in_the_wrong_place_are_seen(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = _quantise.Quantiser.__call__
+    monkeypatch.setattr(_quantise.Quantiser, "__call__", lambda *given: np.roll(right(*given), 1, axis=0))
+    with pytest.raises(ConfigError, match=r"what it made of .*weight is 1\.\d away from the weights"):
+        _quantise.quantise(gguf, tmp_path / "wrong.gguf")
+
+
+def _llama_shapes(num_layers: int, width: int) -> dict[str, list[int]]:
+    parts = {"attn_norm": [width], "attn_q": [width, width], "attn_v": [width, width], "ffn_down": [3 * width, width]}
+    layers = {f"blk.{i}.{part}.weight": shape for i in range(num_layers) for part, shape in parts.items()}
+    return {"token_embd.weight": [width, 1000], "output.weight": [width, 1000], **layers}
+
+
+def test_the_types_of_q4_k_m_are_those_of_llamacpp() -> None:
+    """As in published files of Llama 2 7B: of 32 layers, 16 have more bits for values and for the end of the MLP."""
+    types = q4_k_m_types(_llama_shapes(32, 512), num_layers=32, num_experts=0)
+    more = [i for i in range(32) if types[f"blk.{i}.ffn_down.weight"][1].name == "Q6_K"]
+    assert more == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+    assert more == [i for i in range(32) if types[f"blk.{i}.attn_v.weight"][1].name == "Q6_K"]
+    assert all(types[f"blk.{i}.attn_q.weight"][1].name == "Q4_K" for i in range(32))
+    assert (types["output.weight"][1].name, types["token_embd.weight"][1].name) == ("Q6_K", "Q4_K")
+    assert not any("norm" in name for name in types)
+    tied = _llama_shapes(1, 512)
+    del tied["output.weight"]
+    assert q4_k_m_types(tied, num_layers=1, num_experts=0)["token_embd.weight"][1].name == "Q6_K"
+
+
+@pytest.mark.parametrize(("width", "expected"), [(64, ["Q5_0", "Q8_0"]), (100, ["F16", "F16"])])
+def test_rows_that_blocks_do_not_divide_fall_back(width: int, expected: list[str]) -> None:
+    types = q4_k_m_types(_llama_shapes(8, width), num_layers=8, num_experts=0)
+    assert [types[name][1].name for name in ("blk.0.attn_q.weight", "blk.0.attn_v.weight")] == expected
+
+
+def test_a_library_without_the_quantiser_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = importlib.util.find_spec("xllamacpp.xllamacpp")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
+    with pytest.raises(ConfigError, match="no library here"):
+        _quantise.Quantiser()
+    other = importlib.machinery.ModuleSpec("other", None, origin=np._core._multiarray_umath.__file__)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: other)
+    with pytest.raises(ConfigError, match="cannot be called in .*ggml_quantize_chunk"):
+        _quantise.Quantiser()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: known)
+    sizes = _quantise.GGML_QUANT_SIZES | {_quantise.Type.Q6_K: (256, 212)}
+    monkeypatch.setattr(_quantise, "GGML_QUANT_SIZES", sizes)
+    with pytest.raises(ConfigError, match=r"\('q6_k', 256, 210\) as type 14, the package gguf \('q6_k', 256, 212\)"):
+        _quantise.Quantiser()
+
+
+def _random_model(config: Any, directory: Path) -> Any:
+    """Large random weights and the bundled tokenizer: logits steep enough to show a small error."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(directory)
+    load_tokenizer(BUNDLED).save_pretrained(directory)
+    return model
+
+
+@pytest.mark.usefixtures("in_process")
+def test_gelu_from_a_table_is_told_from_a_wrong_weight(tmp_path: Path) -> None:
+    """llama.cpp's table moves log-probabilities beyond the bound; everything but GELU is within it, or is not."""
+    sizes = {"vocab_size": 6144, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = _random_model(Starcoder2Config(**sizes, **heads, bos_token_id=1, eos_token_id=1), tmp_path / "model")
+    path = tmp_path / "m.gguf"
+    convert(tmp_path / "model", path, "f32")
+    check = check_gguf(path, tmp_path / "model", type_="f32", prompts=PROMPT, num_tokens=4)
+    assert check["ok"] and check["max_abs_logprob"] > F32_LIMIT > 10 * check["gelu_table"]["max_abs_without_gelu"]
+    assert check["gelu_table"]["mean_abs_logprob"] < check["mean_abs_logprob"] / 10
+    assert "table of half-precision values" in check["detail"]
+    with torch.no_grad():
+        model.model.layers[0].mlp.c_proj.bias[3] += 0.05
+    model.save_pretrained(tmp_path / "model")
+    wrong = check_gguf(path, tmp_path / "model", type_="f32", prompts=PROMPT, num_tokens=4)
+    assert not wrong["ok"] and wrong["gelu_table"]["max_abs_without_gelu"] > F32_LIMIT
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(("floor", "ok"), [(0.1, False), (1e-9, True)])
+def test_bounds_of_dt_that_the_model_reaches_are_refused_by_name(floor: float, ok: bool, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 6144, "hidden_size": 64, "num_hidden_layers": 1, "state_size": 16, "num_heads": 8}
+    ends = {"head_dim": 16, "n_groups": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    _random_model(Mamba2Config(**sizes, **ends, time_step_limit=(floor, float("inf"))), tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "m.gguf", "f16")
+    check = check_gguf(tmp_path / "m.gguf", tmp_path / "model", type_="f16", prompts=PROMPT, num_tokens=2)
+    assert check["ok"] is ok
+    assert (check["dt_limits"]["max_abs_effect"] > F32_LIMIT) is not ok
+    assert ok or "dt reaches the bounds" in check["detail"]
+
+
 def _write_tokenizer(directory: Path, pre_tokenizer: Any, *, ignore_merges: bool = False) -> Path:
     fields = {"pre_tokenizer": pre_tokenizer, "model": {"ignore_merges": ignore_merges}}
     (directory / "tokenizer.json").write_text(json.dumps(fields))
@@ -156,6 +278,21 @@ def test_gated_delta_layers_out_of_step_are_refused() -> None:
         restored_fields({"model_type": "qwen3_next", "layer_types": kinds})
     regular = ["linear_attention", "linear_attention", "full_attention"] * 2
     assert restored_fields({"model_type": "qwen3_next", "layer_types": regular}) == {"full_attention_interval": 3}
+
+
+def test_layers_with_experts_before_those_without_are_refused() -> None:
+    kimi = {
+        "model_type": "kimi_linear",
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "linear_conv_kernel_dim": 3,
+    }
+    told = restored_fields(kimi)
+    assert told["linear_attn_config"]["full_attn_layers"] == [2] and told["first_k_dense_replace"] == 1
+    with pytest.raises(ConfigError, match="layers without experts before those with experts only"):
+        restored_fields(kimi | {"mlp_layer_types": ["sparse", "dense"]})
 
 
 def test_partial_rope_is_interleaved_within_its_part() -> None:

@@ -13,8 +13,8 @@ from gguf import GGUFReader
 from ssmtune.attach import attach
 from ssmtune.errors import CheckFailed, ConfigError
 from ssmtune.export import ExportConfig, agreement, converter, export, gguf_lora
-from ssmtune.export.agreement import F32_LIMIT
 from ssmtune.export.factors import Factors
+from ssmtune.export.judgement import F32_LIMIT
 from ssmtune.models import load_model, load_tokenizer
 from ssmtune.plan import make_plan
 from ssmtune.recipe import Edit, Recipe

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from ssmtune.adapter_files import read
 from ssmtune.attach import attach, load
 from ssmtune.base_stream import StreamedBase
-from ssmtune.checkpoint import INDEX, WEIGHTS
+from ssmtune.checkpoint import INDEX, WEIGHTS, Entry
 from ssmtune.cli.merge import merge as merge_command
 from ssmtune.errors import AdapterMismatch, AttachError, CheckFailed, ConfigError
 from ssmtune.merge import effective_tensors, merge_to
@@ -27,11 +27,18 @@ from ssmtune.models import load_model
 from ssmtune.plan import make_plan
 from ssmtune.recipe import Edit, Recipe
 from ssmtune.selection import sparse_edits
-from ssmtune.weight_units import Units
+from ssmtune.weight_units import CannotStream, Units
 
 DENSE, MOE = ("granite_hybrid", "dense"), ("granite_hybrid", "moe")
 # By name, since `ssmtune.merge` is the function as well as its module.
 STAGE = import_module("ssmtune.merge")
+
+ROW_MERGE = import_module("ssmtune.row_merge")
+
+
+def in_memory(*_: Any, **__: Any) -> None:
+    raise CannotStream("the test says so")
+
 
 ROWS = Recipe(
     name="rows",
@@ -197,7 +204,36 @@ def test_no_more_than_one_unit_is_held_at_a_time(tmp_path: Path, monkeypatch: py
         return tensors
 
     monkeypatch.setattr(Units, "read", watched)
-    assert merge_to(str(adapter), tmp_path / "out", model=str(base))["in_memory"] == "" and len(seen) > 10
+    assert merge_to(str(adapter), tmp_path / "out", model=str(base))["in_memory"] == "" and len(seen) > 5
+
+
+@pytest.mark.parametrize("recipe", ["all+core", "dora"])
+def test_matrices_are_merged_some_rows_at_a_time(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of two rows, of which a thread takes four: every bit and every count as of merging in memory."""
+    base, adapter = make(tmp_path, DENSE, recipe, dtype=torch.bfloat16)
+    monkeypatch.setattr(ROW_MERGE, "BLOCK", 64)
+    monkeypatch.setattr(ROW_MERGE, "PART", 256)
+    read, sizes = Entry.read, []
+
+    def watched(entry: Entry) -> torch.Tensor:
+        sizes.append(entry.num)
+        return read(entry)
+
+    monkeypatch.setattr(Entry, "read", watched)
+    found = merge_to(str(adapter), tmp_path / "streamed", model=str(base), restore=["ssm.out"])
+    assert sizes.count(256) > 50
+    monkeypatch.setattr(STAGE, "_stream", in_memory)
+    expected = merge_to(
+        str(adapter), tmp_path / "expected", model=str(base), restore=["ssm.out"], on_message=lambda _: None
+    )
+    assert expected["in_memory"] == "the test says so"
+    tensors = files(tmp_path / "expected")
+    assert all(torch.equal(found, tensors[name]) for name, found in files(tmp_path / "streamed").items())
+    assert found["merged_digest"] == expected["merged_digest"] and found["survival"] == expected["survival"]
+    others = {row["path"]: row for row in expected["rounding"]}
+    for row in found["rounding"]:
+        other = others[row["path"]]
+        assert row["max"] == other["max"] and row["mean"] == pytest.approx(other["mean"], rel=1e-6)
 
 
 def test_a_conversion_whose_way_back_changes_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,11 +367,11 @@ def test_nothing_is_left_when_writing_fails(fault: str, tmp_path: Path, monkeypa
     writer = import_module("ssmtune.checkpoint").ShardWriter
     write, calls = writer.write, []
 
-    def failing(self: Any, name: str, values: torch.Tensor) -> None:
+    def failing(self: Any, name: str, values: torch.Tensor, start: int = 0) -> None:
         calls.append(name)
         if fault == "killed" and len(calls) == 5:
             raise KeyboardInterrupt
-        write(self, name, values + 1 if fault == "flipped" and len(calls) == 5 else values)
+        write(self, name, values + 1 if fault == "flipped" and len(calls) == 5 else values, start)
 
     expected: tuple[type[BaseException], str] = (KeyboardInterrupt, "^$")
     if fault == "full disk":

@@ -29,7 +29,7 @@ def evaluate(
     ),
     type_: Annotated[
         str | None,
-        typer.Option("--type", help="llamacpp: f32, f16 (default), bf16 or q8_0, where --gguf is not given."),
+        typer.Option("--type", help="llamacpp: f32, f16 (default), bf16, q8_0 or q4_k_m, where --gguf is not given."),
     ] = None,
     gguf: Annotated[
         Path | None, typer.Option(help="llamacpp: a GGUF file of this model, as 'export --to gguf' writes it.")

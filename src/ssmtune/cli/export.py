@@ -15,7 +15,9 @@ def export(
     to: Annotated[str, typer.Option(help="hf, peft, gguf, gguf_lora, ollama, vllm or sglang.")],
     out: Annotated[Path, typer.Option(help="File or directory to write; must not exist.")],
     model: Annotated[str | None, typer.Option(help="The base model, where RUN does not name it.")] = None,
-    type_: Annotated[str | None, typer.Option("--type", help="gguf, ollama: f32, f16 (default), bf16 or q8_0.")] = None,
+    type_: Annotated[
+        str | None, typer.Option("--type", help="gguf, ollama: f32, f16 (default), bf16, q8_0 or q4_k_m.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="hf: precision of the weights: float32, bfloat16 or auto.")] = None,
     drop_extras: Annotated[
         bool, typer.Option("--drop-extras", help="peft: leave out what PEFT's format cannot hold.")

@@ -49,11 +49,26 @@ def main(request_path: str) -> None:
         answers["modify_tensors"] = _modify_for_partial_rope(known, **request["partial_rope"])
     if request["head_of_its_own"]:
         answers["generate_extra_tensors"] = _head_from_embeddings
+    answers["index_tensors"] = _index_with_known_names(known)
     resolved = type(known.__name__, (known,), answers)
     with torch.inference_mode():
         resolved(directory, types[request["type"]], Path(request["out"])).write()
     found["core_types"] = _core_types(Path(request["out"]))
     Path(request["found"]).write_text(json.dumps(found), encoding="utf-8")
+
+
+SAVED_AS_EXPERTS = re.compile(r"\.block_sparse_moe\.(gate|up|down)_proj\.")
+"""Kimi Linear's layers without experts, as transformers saves them: under the name of those with experts."""
+
+
+def _index_with_known_names(known: Any) -> Any:
+    """The converter's `index_tensors`, with the names that it knows."""
+
+    def index_tensors(self: Any, remote_hf_model_id: str | None = None) -> dict[str, Any]:
+        found = known.index_tensors(self, remote_hf_model_id)
+        return {SAVED_AS_EXPERTS.sub(r".mlp.\1_proj.", name): tensor for name, tensor in found.items()}
+
+    return index_tensors
 
 
 def _head_from_embeddings(self: Any) -> Any:

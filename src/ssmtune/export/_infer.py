@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from safetensors.numpy import save_file
 
 from ssmtune.errors import ConfigError, SsmtuneError
+from ssmtune.export.engine_gaps import step_over_gelu
 from ssmtune.llamacpp import LlamaCpp
 
 
@@ -20,9 +22,12 @@ def main(request_path: str) -> int:
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     try:
         lora = Path(request["lora"]) if request["lora"] else None
-        with LlamaCpp(
-            Path(request["gguf"]), context_tokens=request["context_tokens"], exact_cache=True, lora=lora
-        ) as llama:
+        with (
+            LlamaCpp(
+                Path(request["gguf"]), context_tokens=request["context_tokens"], exact_cache=True, lora=lora
+            ) as llama,
+            step_over_gelu() if request["step_for_gelu"] else nullcontext(),
+        ):
             tables = [
                 llama.answer(
                     tokens, max_new_tokens=request["num_tokens"], vocab_size=request["vocab_size"], forced=forced

@@ -16,20 +16,13 @@ from typing import TYPE_CHECKING, Any
 from ssmtune.errors import ConfigError
 from ssmtune.export.base import PROMPTS, GgufType
 from ssmtune.export.converter import run_child
+from ssmtune.export.engine_gaps import remove_dt_limits, replace_gelu
+from ssmtune.export.judgement import F32_LIMIT, judge
 from ssmtune.models import load_model, model_location
 from ssmtune.records import write_json
 
 if TYPE_CHECKING:
     import torch
-
-F32_LIMIT = 1e-3
-"""Largest difference of a log-probability in nats. Both compute in fp32, in another order: 4e-5 to 2e-4 is measured."""
-
-KL_LIMIT = 0.1
-"""Mean Kullback-Leibler divergence in nats that rounding weights to a type may cost (q8_0: about 1e-3 is measured).
-
-A tensor in the wrong place costs whole nats; how much rounding costs below this is reported, not judged.
-"""
 
 NUM_TOKENS = 8
 """Steps per prompt: the first comes from the whole prompt at once, the others from the state, token by token."""
@@ -67,12 +60,13 @@ def check_gguf(
     `num_tokens - 1` further tokens that both are made to write, so that the state carried on is checked as well.
 
     `ok` is True when tokenizer and log-probabilities agree: within `F32_LIMIT` for f32; for narrower types the mean
-    divergence stays below `KL_LIMIT`. `same_top` counts the prompts whose first new token is the same.
+    divergence stays below that of `KL_LIMITS`. `same_top` counts the prompts whose first new token is the same.
+    `dt_limits` and `gelu_table` hold what is left when transformers computes as llama.cpp does (see `engine_gaps`): bounds
+    of dt that log-probabilities depend on are never `ok`; GELU is, where everything else is within `F32_LIMIT`.
 
     >>> check_gguf(Path("model-f32.gguf"), "merged", type_="f32", prompts=["One, two,"])["same_top"]   # doctest: +SKIP
     1
     """
-    from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
     reference = load_model(str(model), dtype="float32").eval()
@@ -81,38 +75,54 @@ def check_gguf(
     forced = [_plain_token(tokenizer, prompt) for prompt in tokens]
     texts = [*TOKENIZER_TEXTS, *prompts]
     chats = CHATS if tokenizer.chat_template else ()
-    with tempfile.TemporaryDirectory(prefix="ssmtune-gguf-") as scratch:
-        request = {
-            "gguf": str(gguf),
-            "lora": None if lora is None else str(lora),
-            "prompts": tokens,
-            "forced": forced,
-            "texts": texts,
-            "chats": chats,
-            "num_tokens": num_tokens,
-            "vocab_size": reference.config.get_text_config().vocab_size,
-            "context_tokens": max(map(len, tokens)) + num_tokens + 8,
-            "out": str(Path(scratch) / "answers.safetensors"),
-            "facts": str(Path(scratch) / "facts.json"),
-        }
-        run_child(
-            "ssmtune.export._infer", write_json(Path(scratch) / "request.json", request), "llama.cpp cannot run it"
-        )
-        arrays = load_file(str(request["out"]))
-        said = json.loads(Path(str(request["facts"])).read_text(encoding="utf-8"))
-    rows = [_compare(reference, prompt, forced[i], arrays[str(i)]) for i, prompt in enumerate(tokens)]
-    assert all(row["steps"] == num_tokens for row in rows), "llama.cpp held a step back"
+    request = {
+        "gguf": str(gguf),
+        "lora": None if lora is None else str(lora),
+        "prompts": tokens,
+        "forced": forced,
+        "texts": texts,
+        "chats": chats,
+        "num_tokens": num_tokens,
+        "vocab_size": reference.config.get_text_config().vocab_size,
+        "context_tokens": max(map(len, tokens)) + num_tokens + 8,
+        "step_for_gelu": False,
+    }
+    found, said = _ask_llamacpp(request)
+    assert all(len(table) == num_tokens for table in found), "llama.cpp held a step back"
+    expected = _expected(reference, tokens, forced, num_tokens)
     result = {
         "type": type_,
-        "prompts": len(rows),
-        "steps": sum(row["steps"] for row in rows),
-        "max_abs_logprob": max(row["max_abs"] for row in rows),
-        "mean_abs_logprob": mean([row["mean_abs"] for row in rows]),
-        "mean_kl": mean([row["kl"] for row in rows]),
-        "same_top": sum(row["same_top"] for row in rows),
+        "prompts": len(found),
+        "steps": sum(map(len, found)),
+        **_differences(expected, found),
+        "same_top": sum(int(a[0].argmax()) == int(b[0].argmax()) for a, b in zip(expected, found, strict=True)),
         **_compare_texts(tokenizer, texts, chats, said),
+        "dt_limits": None,
+        "gelu_table": None,
     }
-    return {**result, **_judge(result)}
+    if remove_dt_limits(reference):
+        unlimited = _expected(reference, tokens, forced, num_tokens)
+        differences = _differences(unlimited, found)
+        result["dt_limits"] = {**differences, "max_abs_effect": _differences(unlimited, expected)["max_abs_logprob"]}
+    if type_ == "f32" and result["max_abs_logprob"] > F32_LIMIT and replace_gelu(reference, step=False):
+        in_table = _differences(_expected(reference, tokens, forced, num_tokens), found)
+        replace_gelu(reference, step=True)
+        stepped, _ = _ask_llamacpp(request | {"step_for_gelu": True})
+        without = _differences(_expected(reference, tokens, forced, num_tokens), stepped)
+        result["gelu_table"] = {**in_table, "max_abs_without_gelu": without["max_abs_logprob"]}
+    return {**result, **judge(result)}
+
+
+def _ask_llamacpp(request: dict[str, Any]) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """llama.cpp's log-probabilities [N, V] for each prompt, in a process of its own, and what it makes of the texts."""
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory(prefix="ssmtune-gguf-") as scratch:
+        out, facts = Path(scratch) / "answers.safetensors", Path(scratch) / "facts.json"
+        whole = {**request, "out": str(out), "facts": str(facts)}
+        run_child("ssmtune.export._infer", write_json(Path(scratch) / "request.json", whole), "llama.cpp cannot run it")
+        arrays = load_file(out)
+        return [arrays[str(i)] for i in range(len(arrays))], json.loads(facts.read_text(encoding="utf-8"))
 
 
 def _plain_token(tokenizer: Any, prompt: Sequence[int]) -> int:
@@ -127,22 +137,31 @@ def _plain_token(tokenizer: Any, prompt: Sequence[int]) -> int:
     )
 
 
-def _compare(model: Any, prompt: list[int], forced: int, found_NV: torch.Tensor) -> dict[str, Any]:
-    """Differences at every step; a log-probability that llama.cpp did not give makes them infinite."""
+def _expected(model: Any, prompts: list[list[int]], forced: list[int], num_tokens: int) -> list[torch.Tensor]:
+    """transformers' log-probabilities [N, V] fp64 for each prompt, after it and after each of the forced tokens."""
     import torch
 
-    found = found_NV.double()
-    with torch.no_grad():
-        ids_BT = torch.tensor([prompt + [forced] * (len(found) - 1)])
-        expected_NV = model(input_ids=ids_BT, use_cache=False).logits[0, -len(found) :].double().log_softmax(-1)
-    error = (found - expected_NV).abs().nan_to_num(math.inf, posinf=math.inf)
-    return {
-        "steps": len(found),
-        "max_abs": float(error.max()),
-        "mean_abs": float(error.mean()),
+    tables = []
+    for prompt, token in zip(prompts, forced, strict=True):
+        with torch.no_grad():
+            logits_BTV = model(input_ids=torch.tensor([prompt + [token] * (num_tokens - 1)]), use_cache=False).logits
+        tables.append(logits_BTV[0, -num_tokens:].double().log_softmax(-1))
+    return tables
+
+
+def _differences(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict[str, float]:
+    """Differences over all steps; a log-probability that llama.cpp did not give makes them infinite."""
+    errors, divergences = [], []
+    for expected_NV, found_NV in zip(expected, found, strict=True):
+        error = (found_NV.double() - expected_NV).abs().nan_to_num(math.inf, posinf=math.inf)
+        errors.append((float(error.max()), float(error.mean())))
         # llama.cpp's sum over the vocabulary is off by 1e-5; normalised again, so that the divergence is not negative.
-        "kl": float((expected_NV.exp() * (expected_NV - found.log_softmax(-1))).sum(-1).mean()),
-        "same_top": int(found[0].argmax()) == int(expected_NV[0].argmax()),
+        log_ratio_NV = expected_NV - found_NV.double().log_softmax(-1)
+        divergences.append(float((expected_NV.exp() * log_ratio_NV).sum(-1).mean()))
+    return {
+        "max_abs_logprob": max(largest for largest, _ in errors),
+        "mean_abs_logprob": mean(average for _, average in errors),
+        "mean_kl": mean(divergences),
     }
 
 
@@ -156,17 +175,3 @@ def _compare_texts(
     wrong += [text for text, a, b in zip(texts, documents, said["document"], strict=True) if a != b]
     rendered = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
     return {"texts_split_differently": wrong, "same_chat": rendered == said["chat"] if chats else None}
-
-
-def _judge(result: dict[str, Any]) -> dict[str, Any]:
-    """Whether the figures pass, and one sentence that names the first that does not."""
-    exact = result["type"] == "f32"
-    measured, limit = (result["max_abs_logprob"], F32_LIMIT) if exact else (result["mean_kl"], KL_LIMIT)
-    what = "largest difference of a log-probability" if exact else "mean divergence"
-    if result["texts_split_differently"]:
-        text = result["texts_split_differently"][0]
-        return {"ok": False, "detail": f"llama.cpp splits {text[:60]!r} into other tokens than the model's tokenizer."}
-    # Written this way round, NaN fails.
-    ok = bool(measured <= limit)
-    detail = f"{what} from transformers: {measured:.2g} nats over {result['steps']} steps (limit {limit:g})"
-    return {"ok": ok, "detail": detail}

@@ -21,7 +21,7 @@ from ssmtune.models import Dtype
 if TYPE_CHECKING:
     from ssmtune.plan import Site
 
-GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m"]
 
 PROMPTS = (
     "Answer with one word: is the following sentence a question or a statement? The river rose in the night.",
@@ -71,7 +71,11 @@ class Target:
     """Writes the result and returns the facts of the record, among them `files` and `record_path`."""
 
 
-NOT_TARGETS = frozenset({"agreement", "base", "cache_start", "converter", "engines", "factors", "magnitudes", "plain"})
+NOT_TARGETS = frozenset(
+    """
+    agreement base cache_start config_words converter engine_gaps engines factors judgement magnitudes plain tensor_types
+    """.split()
+)
 
 
 def target_names() -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from ssmtune.errors import CheckFailed
 from ssmtune.export.agreement import check_gguf
 from ssmtune.export.base import ExportConfig, GgufType, Target, refuse_existing
 from ssmtune.export.converter import convert
+from ssmtune.export.judgement import F32_LIMIT
 from ssmtune.merge import merge_to
 from ssmtune.records import file_sha256
 
@@ -40,8 +41,22 @@ def export_gguf(config: ExportConfig, path: Path, type_: GgufType) -> dict[str, 
         "merged": {key: facts[key] for key in ("base", "base_digest", "run_id", "step", "recipe")},
         "converter": converted,
         "check": check,
-        "summary": _summary(check),
+        "summary": [*_types(converted), *_summary(check)],
     }
+
+
+def _types(converted: dict[str, Any]) -> list[str]:
+    """What a file of mixed types holds: one line, and one more where rows did not fit the type meant for them."""
+    if "tensor_types" not in converted:
+        return []
+    lines = [f"Tensors: {', '.join(f'{num} {name}' for name, num in converted['tensor_types'].items())}."]
+    if fell_back := converted["fell_back"]:
+        first, change = next(iter(fell_back.items()))
+        lines.append(
+            f"{len(fell_back)} tensors have rows that are no multiple of 256 and are stored in a wider type than Q4_K_M "
+            f"wants, as llama.cpp does ({first}: {change}); all are in the record."
+        )
+    return lines
 
 
 def _summary(check: dict[str, Any]) -> list[str]:
@@ -49,6 +64,16 @@ def _summary(check: dict[str, Any]) -> list[str]:
         f"In llama.cpp: {check['detail']}; the first new token is the same for {check['same_top']} of "
         f"{check['prompts']} prompts."
     ]
+    if check["gelu_table"]:
+        lines.append(
+            f"Warning: within {F32_LIMIT:g} is all but GELU, which llama.cpp on a CPU looks up in half precision; that moves "
+            f"log-probabilities by up to {check['max_abs_logprob']:.1g} nats and is in no file."
+        )
+    if check["dt_limits"] and check["dt_limits"]["max_abs_effect"]:
+        lines.append(
+            "Warning: the config bounds dt and llama.cpp does not; on these prompts that moves log-probabilities by up "
+            f"to {check['dt_limits']['max_abs_effect']:.1g} nats."
+        )
     if check["same_chat"] is False:
         lines.append(
             "llama.cpp renders chats with this template otherwise than the tokenizer does: give it rendered prompts, "
