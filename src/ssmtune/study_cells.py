@@ -26,16 +26,23 @@ class StudyTask:
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=decoding.STRICT)
 class StudyCell:
-    """One arm: a recipe to train, another arm's trained run (`reuse`, its core discarded), or neither: the base."""
+    """One arm: a recipe to train, another arm's trained run (`reuse`, its core discarded), or neither: the base.
+
+    `shots`: the base with that many solved examples before every question.
+    """
 
     recipe: str | None = None
     train: dict[str, pydantic.JsonValue] = field(default_factory=dict)
     reuse: str | None = None
+    shots: int = pydantic.Field(default=0, ge=0)
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=decoding.STRICT)
 class StudyConfig:
-    """The contents of study.yaml. Cells may override `train`; `workers: 0` runs in this process."""
+    """The contents of study.yaml. Cells may override `train`; `workers: 0` runs in this process.
+
+    `directory` is where the sets of tasks lie; `allow_execution` lets tasks run the programs that models write.
+    """
 
     name: str
     model: str
@@ -47,6 +54,8 @@ class StudyConfig:
     train: dict[str, pydantic.JsonValue] = field(default_factory=dict)
     num_examples: int | None = None
     workers: int = 1
+    directory: str | None = None
+    allow_execution: bool = False
 
     def __post_init__(self) -> None:
         for name, values in (("tasks", self.tasks), ("seeds", self.seeds), ("cells", self.cells)):
@@ -71,6 +80,8 @@ class StudyConfig:
             raise ConfigError(
                 f"cells.{name}: a cell's name becomes a file name; use letters, digits, '_', '+' and '.' only."
             )
+        if cell.shots and (cell.recipe is not None or cell.reuse is not None):
+            raise ConfigError(f"cells.{name}: got 'shots' with a trained run; solved examples are for the base alone.")
         if cell.reuse is None:
             return
         self._check_known(cell.reuse, f"cells.{name}.reuse")
@@ -102,6 +113,9 @@ class CellSpec:
     reuse: str | None
     output_dir: str
     reuse_record: str | None = None
+    directory: str | None = None
+    shots: int = 0
+    allow_execution: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +163,14 @@ def _cell(
         reuse=arm.reuse,
         output_dir=config.output_dir,
         reuse_record=str(source.path) if source else None,
+        directory=config.directory,
+        shots=arm.shots,
+        allow_execution=config.allow_execution,
     )
-    # Places and the choice of outcome do not change what is computed.
-    determines = {k: v for k, v in asdict(spec).items() if k not in ("output_dir", "reuse", "reuse_record", "primary")}
+    # Places, permissions and the choice of outcome do not change what is computed; a cell without shots is as it was.
+    unused = ["output_dir", "reuse", "reuse_record", "primary", "directory", "allow_execution"]
+    unused += [] if spec.shots else ["shots"]
+    determines = {k: v for k, v in asdict(spec).items() if k not in unused}
     digest = records.digest({**determines, "inputs": inputs, "reuse": source.digest if source else None})
     path = Path(config.output_dir) / "cells" / f"{name}-{task.name}-seed{seed}.json.gz"
     return Cell(spec=spec, digest=digest, path=path, needs=source.digest if source else None)

@@ -11,9 +11,9 @@ from ssmtune.evaluate import EvaluateConfig, evaluate
 from ssmtune.models import model_location
 from ssmtune.records import file_sha256
 from ssmtune.study_cells import CellSpec, StudyConfig
-from ssmtune.tasks.base import get_task
+from ssmtune.tasks.base import Side, SidedTask, get_task
 from ssmtune.train import TrainConfig, train
-from ssmtune.training_data import catalogue_digest
+from ssmtune.training_data import catalogue_digest, task_sources
 
 
 def run_cell(spec: CellSpec) -> dict[str, Any]:
@@ -34,7 +34,16 @@ def study_inputs(config: StudyConfig) -> dict[str, str]:
     weights = sorted(location.glob("*.safetensors")) if location.is_dir() else []
     inputs = {f"model/{path.name}": file_sha256(path) for path in weights}
     inputs["catalogue"] = catalogue_digest()
+    for task in config.tasks:
+        if isinstance(get_task(task.name), SidedTask):
+            sides: tuple[Side, ...] = ("train", "test") if _trains(config) else ("test",)
+            for side in sides:
+                inputs |= task_sources(task.name, side, config.directory)
     return inputs | {f"task/{task.name}": str(get_task(task.name).version) for task in config.tasks}
+
+
+def _trains(config: StudyConfig) -> bool:
+    return any(cell.recipe is not None or cell.shots for cell in config.cells.values())
 
 
 def _run_dir(spec: CellSpec, cell: str) -> Path:
@@ -42,7 +51,7 @@ def _run_dir(spec: CellSpec, cell: str) -> Path:
 
 
 def _train_config(spec: CellSpec, run_dir: Path) -> TrainConfig:
-    data = {"task": spec.task, "size": float(spec.size), **spec.train.get("data", {})}
+    data = {"task": spec.task, "size": float(spec.size), "directory": spec.directory, **spec.train.get("data", {})}
     fields = {
         **spec.train,
         "model": spec.model,
@@ -61,6 +70,9 @@ def _evaluate_config(spec: CellSpec) -> EvaluateConfig:
         model=spec.model,
         task=spec.task,
         size=float(spec.size),
+        directory=spec.directory,
+        shots=spec.shots,
+        allow_execution=spec.allow_execution,
         adapter=None if source is None else str(_run_dir(spec, source) / "adapter"),
         without_core=spec.reuse is not None,
         num_examples=spec.num_examples,

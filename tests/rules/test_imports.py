@@ -43,7 +43,7 @@ ORDER = (
     {"training_data"},
     {"train", "sft", "watch", "warmup"},
     {"verify", "doctor", "op_cases", "export"},
-    {"evaluate", "evaluate_llamacpp", "bench", "bench_side", "bench_profile"},
+    {"evaluate", "evaluate_llamacpp", "harness", "bench", "bench_side", "bench_profile"},
     {"workers"},
     {"study", "study_cells", "study_runs"},
     {"report"},

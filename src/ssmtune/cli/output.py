@@ -74,6 +74,33 @@ def print_checks(title: str, checks: Iterable[CheckResult]) -> None:
             )
 
 
+def print_evaluation(records: list[dict[str, Any]]) -> None:
+    """Print the table of one evaluation, or of two on the same examples with their paired difference, on stdout."""
+    from ssmtune.stats import paired_difference
+
+    names = [record["name"] for record in records]
+    headings = ["metric", *names, *(["difference [95 % interval]"] if len(records) == 2 else [])]
+    table = make_table(
+        f"{records[0]['task']}, {len(records[0]['example_ids'])} examples", *headings, numbers=headings[1:]
+    )
+    for metric in records[0]["metrics"]:
+        row = [metric, *(f"{record['metrics'][metric]:.1%}" for record in records)]
+        if len(records) == 2:
+            ours, theirs = ([record["scores"][metric]] for record in records)
+            result = paired_difference(ours, theirs, seed=0)
+            row.append(f"{result.difference:+.1%} [{result.low:+.1%}, {result.high:+.1%}]")
+        table.add_row(*row)
+    for metric in records[0].get("corpus_metrics", {}):
+        values = [record["corpus_metrics"][metric] for record in records]
+        difference = [f"{values[0] - values[1]:+.1%} (no interval)"] if len(records) == 2 else []
+        table.add_row(f"{metric}, of all answers", *(f"{value:.1%}" for value in values), *difference)
+    for name in ("chance", "commonest"):
+        if records[0].get(name) is not None:
+            words = {"chance": "guessing", "commonest": "always the commonest answer"}[name]
+            table.add_row(f"{records[0]['primary']} by {words}", f"{records[0][name]:.1%}", *[""] * (len(headings) - 2))
+    print_table(table)
+
+
 def split_list(value: str) -> tuple[str, ...]:
     """Return the entries of an option that holds several, separated by commas."""
     return tuple(entry.strip() for entry in value.split(",") if entry.strip())
