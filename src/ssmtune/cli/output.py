@@ -93,12 +93,16 @@ def print_evaluation(records: list[dict[str, Any]]) -> None:
     for metric in records[0].get("corpus_metrics", {}):
         values = [record["corpus_metrics"][metric] for record in records]
         difference = [f"{values[0] - values[1]:+.1%} (no interval)"] if len(records) == 2 else []
-        table.add_row(f"{metric}, of all answers", *(f"{value:.1%}" for value in values), *difference)
-    for name in ("chance", "commonest"):
-        if records[0].get(name) is not None:
-            words = {"chance": "guessing", "commonest": "always the commonest answer"}[name]
-            table.add_row(f"{records[0]['primary']} by {words}", f"{records[0][name]:.1%}", *[""] * (len(headings) - 2))
+        table.add_row(f"{metric} (whole set)", *(f"{value:.1%}" for value in values), *difference)
+    for variation, found in records[0].get("variations", {}).items():
+        values = [record["variations"][variation][records[0]["primary"]] for record in records]
+        difference = [f"{values[0] - values[1]:+.1%} ({found['num']} examples)"] if len(records) == 2 else []
+        table.add_row(f"{records[0]['primary']}, {variation}", *(f"{value:.1%}" for value in values), *difference)
     print_table(table)
+    guesses = {"guessing": records[0].get("chance"), "always the commonest answer": records[0].get("commonest")}
+    words = [f"{how} {value:.1%}" for how, value in guesses.items() if value]
+    if words:
+        tables().print(f"{records[0]['primary']} of {', of '.join(words)}", highlight=False)
 
 
 def split_list(value: str) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ def tasks(
     table = make_table("tasks", *headings, numbers=("version", "chance"), wrap=("here", "licence"))
     for row in rows:
         chance = "" if row["chance"] is None else f"{row['chance']:.1%}"
-        here = "drawn" if row["drawn"] else ", ".join(row["splits"]) or "-"
+        here = "drawn" if row["drawn"] else " ".join(row["splits"]) or "-"
         table.add_row(
             row["name"], str(row["version"]), row["kind"], row["primary"] or "-", chance, here, escape(row["licence"])
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from ssmtune.tasks.base import STOPS, Example, Kind, Side, stop_text
 
-LICENCE = "ours (Apache-2.0)"
+LICENCE = "ours"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ TASK = SourcedTask(
     ),
     primary="chrf",
     metrics=("chrf", "rougeL"),
-    max_new_tokens=128,
+    max_new_tokens=192,
     scorer=text_score,
     corpus=text_corpus,
     corpus_metrics=("bleu", "chrf"),

@@ -62,7 +62,7 @@ TASK = SourcedTask(
     metrics=("exact", "last_number", "marked"),
     chance=0.0,
     stops=(*STOPS, "\nQuestion:", "\nProblem:", "\nQ:"),
-    max_new_tokens=400,
+    max_new_tokens=640,
     scorer=score,
     hub=Hub(path="openai/gsm8k", config="main", splits={"train": "train", "test": "test"}, row=row_of),
 )

@@ -58,7 +58,7 @@ TASK = SourcedTask(
     ),
     primary="rougeL",
     metrics=ROUGE,
-    max_new_tokens=320,
+    max_new_tokens=800,
     scorer=summary_score,
     variation="kind",
     locate=locate,

@@ -75,7 +75,7 @@ TASK = SourcedTask(
     ),
     primary="execution",
     metrics=("execution", "valid"),
-    max_new_tokens=320,
+    max_new_tokens=448,
     scorer=score,
     trained=False,
     variation="category",

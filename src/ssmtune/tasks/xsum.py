@@ -26,7 +26,7 @@ TASK = SourcedTask(
     ),
     primary="rougeL",
     metrics=ROUGE,
-    max_new_tokens=128,
+    max_new_tokens=136,
     scorer=summary_score,
     hub=Hub(
         path="EdinburghNLP/xsum",
