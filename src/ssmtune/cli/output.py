@@ -117,7 +117,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in ("transformers", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def layer_ranges(layers: list[int]) -> str:

@@ -191,7 +191,8 @@ def messages(example: Example) -> tuple[list[dict[str, str]], list[dict[str, str
     answer = [{"role": "assistant", "content": example.output}]
     if isinstance(example, SourcedExample) and example.facts.get("turns"):
         return list(example.facts["turns"]), answer
-    return [{"role": "user", "content": f"{example.instruction}\n\n{example.input}"}], answer
+    content = f"{example.instruction}\n\n{example.input}" if example.instruction else example.input
+    return [{"role": "user", "content": content}], answer
 
 
 def with_shots(prompt: Sequence[dict[str, str]], shots: Sequence[Example]) -> list[dict[str, str]]:
