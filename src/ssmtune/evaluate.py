@@ -22,6 +22,7 @@ from ssmtune.export.base import GgufType
 from ssmtune.merged_files import PROVENANCE
 from ssmtune.models import load_model, load_tokenizer, model_location
 from ssmtune.records import new_record
+from ssmtune.tasks._sandbox import MAX_BYTES, MAX_SECONDS, run_python
 from ssmtune.tasks._sourced import SourcedTask
 from ssmtune.tasks.base import STOPS, Example, Task, get_task, messages, stop_text, with_shots
 from ssmtune.training_data import task_side, task_sources
@@ -128,6 +129,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]
         commonest=commonest(task, examples),
         sources=task_sources(config.task, "test", config.directory),
         shots=[shot.id for shot in shots],
+        **_sandbox_facts(task),
         metrics=_means(task, scores),
         corpus_metrics=task.score_corpus(completions, examples) if isinstance(task, SourcedTask) else {},
         variations=by_variation(task, examples, scores),
@@ -152,6 +154,13 @@ def trained_facts(model: str, adapter: str | None) -> dict[str, Any] | None:
         facts = {**plan, "run_id": facts.get("run_id")}
     known = {name: facts.get(name) for name in ("run_id", "recipe", "trainable", "total")}
     return known if known["trainable"] and known["total"] else None
+
+
+def _sandbox_facts(task: Task) -> dict[str, Any]:
+    """What a record says of a sandbox that ran programs: whether the kernel's namespaces were around it."""
+    if not isinstance(task, SourcedTask) or not task.executes:
+        return {}
+    return {"sandbox": {"isolated": run_python("pass").isolated, "max_seconds": MAX_SECONDS, "max_bytes": MAX_BYTES}}
 
 
 def pick_shots(config: EvaluateConfig) -> list[Example]:

@@ -43,7 +43,9 @@ def test_only_a_program_that_comes_to_its_end_is_done(source: str, status: str, 
 
 
 def test_an_infinite_loop_ends() -> None:
-    assert run_python("while True: pass", max_seconds=1).status == "timeout"
+    outcome = run_python("while True: pass", max_seconds=1)
+    # By the limit on processor time, long before the one on the clock.
+    assert outcome.status == "timeout" and "signal" in outcome.detail
 
 
 def test_a_sleeping_program_ends_on_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +91,7 @@ def test_there_is_no_network(without: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "import os\nwhile True: os.fork()",
+        "import os; os.fork()",
         "import subprocess; subprocess.run(['true'])",
         "import os; os.system('true')",
         "import os; os.kill(os.getppid(), 9)",

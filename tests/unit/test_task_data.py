@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from collections import Counter
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ssmtune import evaluate as evaluating
 from ssmtune.errors import ConfigError, DataError, SsmtuneError
 from ssmtune.evaluate import EvaluateConfig, by_variation, evaluate, pick_shots
 from ssmtune.models import load_tokenizer
+from ssmtune.records import digest
 from ssmtune.study_cells import StudyConfig, expand
 from ssmtune.study_runs import study_inputs
 from ssmtune.tasks import dfa, needle, parity
@@ -57,7 +60,8 @@ def directory(tmp_path: Path) -> Path:
 def test_both_sides_are_read_in_a_fixed_random_order(directory: Path) -> None:
     train, test = (task_side("sentiment", side, 1.0, str(directory)) for side in ("train", "test"))
     ids = [example.id for example in train]
-    assert sorted(ids) == sorted(f"r{i}" for i in range(40)) and ids != sorted(ids)
+    in_file = [f"r{i}" for i in range(40)]
+    assert sorted(ids) == sorted(in_file) and ids != in_file
     assert [e.id for e in task_side("sentiment", "train", 0.25, str(directory))] == ids[:10]
     assert len(task_side("sentiment", "test", 0.25, str(directory))) == len(test) == 6
     assert messages(test[0])[0][0]["content"].endswith(test[0].input)
@@ -414,14 +418,44 @@ def test_shots_are_solved_examples_of_the_training_side_before_the_question(dire
         pick_shots(EvaluateConfig(model="-", task="sentiment", directory=str(directory), shots=21))
 
 
-def test_programs_run_only_when_allowed(tmp_path: Path) -> None:
+def test_the_model_is_asked_with_the_shots(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def answer(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> list[tuple[str, bool]]:
+        asked.extend(prompts)
+        return [("positive", True)] * len(prompts)
+
+    monkeypatch.setattr(evaluating, "evaluation_model", lambda config: None)
+    monkeypatch.setattr(evaluating, "answer", answer)
+    config = EvaluateConfig(model="tiny-granite-h", task="sentiment", directory=str(directory), shots=2)
+    record = evaluate(config, progress=False)
+    shown = [shot.input for shot in pick_shots(config)]
+    assert [len(prompt) for prompt in asked] == [5] * 6
+    assert all(
+        text in message["content"] for prompt in asked for text, message in zip(shown, prompt[::2], strict=False)
+    )
+    assert record["metrics"]["accuracy"] == record["commonest"] == 0.5
+    assert record["corpus_metrics"] == {"readable": 1.0, "f1": pytest.approx(2 / 3)}
+
+
+def test_programs_run_only_when_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"'humaneval'.*Allow it with --allow-execution"):
         evaluate(EvaluateConfig(model="tiny-granite-h", task="humaneval", directory=str(tmp_path)), progress=False)
+    allowed = EvaluateConfig(model="tiny-granite-h", task="humaneval", directory=str(tmp_path), allow_execution=True)
     with pytest.raises(DataError, match="holds no split"):
-        evaluate(
-            EvaluateConfig(model="tiny-granite-h", task="humaneval", directory=str(tmp_path), allow_execution=True),
-            progress=False,
-        )
+        evaluate(allowed, progress=False)
+    row = {
+        "id": "h",
+        "input": "def f():\n",
+        "target": "    pass",
+        "entry_point": "f",
+        "test": "def check(f):\n    pass",
+    }
+    write_rows(tmp_path / "code_humaneval" / "test.jsonl", [row])
+    monkeypatch.setattr(evaluating, "evaluation_model", lambda config: None)
+    monkeypatch.setattr(evaluating, "answer", lambda *arguments, **options: [("    return 1", True)])
+    record = evaluate(allowed, progress=False)
+    assert record["metrics"]["pass@1"] == 1.0 and set(record["sandbox"]) == {"isolated", "max_seconds", "max_bytes"}
 
 
 def test_scores_are_told_by_length() -> None:
@@ -455,7 +489,14 @@ def test_a_study_takes_a_set_and_a_base_with_shots(directory: Path) -> None:
     assert {"sentiment/train.jsonl.gz", "sentiment/test.jsonl.gz"} <= set(inputs)
     base, shown, lora = expand(config, inputs=inputs)
     assert (base.spec.shots, shown.spec.shots, lora.spec.directory) == (0, 4, str(directory))
-    assert base.digest != shown.digest
+    (fewer,) = (
+        c for c in expand(study(directory, base={}, shown={"shots": 2}), inputs=inputs) if c.spec.cell == "shown"
+    )
+    assert fewer.digest != shown.digest
+    # A cell without shots is what it was before there were any: records of earlier studies stay good.
+    before = ("cell", "model", "task", "size", "seed", "recipe", "train", "num_examples")
+    facts = {name: value for name, value in dataclasses.asdict(base.spec).items() if name in before}
+    assert base.digest == digest({**facts, "inputs": inputs, "reuse": None})
     # Where the files lie changes nothing, what they hold does.
     moved = expand(
         study(directory / ".." / directory.name, base={}, shown={"shots": 4}, lora={"recipe": "all"}), inputs=inputs

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from fractions import Fraction
 from typing import Any
 
 import pytest
 
-from ssmtune.tasks import humaneval, stsb
+from ssmtune.errors import MissingDependency
+from ssmtune.tasks import _text_metrics, humaneval, stsb
 from ssmtune.tasks._labels import f1, first_mentioned, matthews, read_label
 from ssmtune.tasks._numbers import first_number, last_number, to_value
 from ssmtune.tasks._sourced import SourcedTask
@@ -366,6 +368,14 @@ def test_bleu_uses_every_reference_of_every_example() -> None:
     texts = ["Oslo is in Norway, in the south.", "Ada flies planes for a living."]
     assert task.score_corpus(texts, [first, second]) == pytest.approx({"bleu": 1.0, "chrf": 1.0})
     assert task.score_corpus(texts[::-1], [first, second])["bleu"] < 0.1
+
+
+@pytest.mark.parametrize(("name", "module"), [("xsum", "rouge_score"), ("dart", "sacrebleu")])
+def test_a_missing_package_is_named(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _text_metrics._rouge_scorer.cache_clear()
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependency, match=r"pip install 'ssmtune\[eval\]'"):
+        get_task(name).score("x", sample(name))
 
 
 def test_narrativeqa_reads_one_line() -> None:

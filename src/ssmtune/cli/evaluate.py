@@ -176,11 +176,15 @@ def _show(pairs: list[list[dict[str, Any]]], json_output: bool) -> None:
 
 
 def _same_split(data: dict[str, Any], task: str | None, size: float | None) -> tuple[str | None, float | None]:
-    """The task and size to evaluate a run on; a task is split anew at each size, so another size would test on training data."""
+    """The task and size to evaluate a run on. Each size of a generated task is split anew: another could test training data."""
+    from ssmtune.tasks.base import GeneratedTask, get_task
+
     task = task or data["task"]
     if task != data["task"]:
         return task, size
-    if size is not None and size != data["size"]:
+    if task is None or size is None or size == data["size"]:
+        return task, data["size"]
+    if isinstance(get_task(task), GeneratedTask):
         raise ConfigError(
             f"--size {size}: the run was trained on {task} at size {data['size']}, and other sizes hold out other examples, "
             f"so the test could contain training examples. Leave --size out, or give {data['size']}."
