@@ -19,7 +19,7 @@ HIGHEST = 5.0
 
 def read_value(text: str) -> float | None:
     """Return the number that the first line of an answer starts with, None when it does not or lies outside 0 to 5."""
-    match = re.match(r"\d+(\.\d+)?(?![\d.,]*\d)", first_line(text))
+    match = re.match(r"\d+(\.\d+)?(?=\s|$)", first_line(text))
     value = float(match.group()) if match else None
     return value if value is not None and value <= HIGHEST else None
 
