@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from ssmtune.export.base import GgufType
 from ssmtune.merged_files import PROVENANCE
 from ssmtune.models import load_model, load_tokenizer, model_location
 from ssmtune.records import new_record
+from ssmtune.tasks._outcomes import by_variation, commonest, means
 from ssmtune.tasks._sandbox import MAX_BYTES, MAX_SECONDS, run_python
 from ssmtune.tasks._sourced import SourcedTask
 from ssmtune.tasks.base import STOPS, Example, Task, get_task, messages, stop_text, with_shots
@@ -37,9 +37,6 @@ NUM_SAMPLES = 12
 """Completions kept in the record, for reading."""
 
 SHOTS_SEED = 42
-
-MAX_VARIATIONS = 64
-"""With more variations than these, scores by variation would be scores of single examples."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -130,7 +127,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]
         sources=task_sources(config.task, "test", config.directory),
         shots=[shot.id for shot in shots],
         **_sandbox_facts(task),
-        metrics=_means(task, scores),
+        metrics=means(task, scores),
         corpus_metrics=task.score_corpus(completions, examples) if isinstance(task, SourcedTask) else {},
         variations=by_variation(task, examples, scores),
         example_ids=[example.id for example in examples],
@@ -176,30 +173,6 @@ def pick_shots(config: EvaluateConfig) -> list[Example]:
             f"--shots {config.shots}: task {config.task!r} has {len(short)} examples to choose from. Ask for fewer."
         )
     return random.Random(f"shots:{SHOTS_SEED}").sample(short, config.shots)
-
-
-def commonest(task: Task, examples: Sequence[Example]) -> float | None:
-    """Return the mean of the primary metric when every answer is the commonest one; None where nobody can guess."""
-    if not task.chance or not examples:
-        return None
-    answer = Counter(example.output for example in examples).most_common(1)[0][0]
-    return sum(task.score(answer, example)[task.primary] for example in examples) / len(examples)
-
-
-def by_variation(
-    task: Task, examples: Sequence[Example], scores: Sequence[dict[str, float]]
-) -> dict[str, dict[str, float]]:
-    """Return {variation: {metric: mean, "num": examples}}; empty where there is one, or too many to tell anything."""
-    found: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for example, score in zip(examples, scores, strict=True):
-        found[example.variation].append(score)
-    if not 1 < len(found) <= MAX_VARIATIONS:
-        return {}
-    return {name: {**_means(task, found[name]), "num": len(found[name])} for name in sorted(found)}
-
-
-def _means(task: Task, scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {metric: sum(s[metric] for s in scores) / len(scores) for metric in task.metrics}
 
 
 def _samples(

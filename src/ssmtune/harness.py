@@ -13,7 +13,7 @@ import pydantic
 
 from ssmtune.config import STRICT
 from ssmtune.errors import ConfigError, DataError, MissingDependency, nearest
-from ssmtune.evaluate import NUM_SAMPLES, EvaluateConfig, evaluation_model
+from ssmtune.evaluate import NUM_SAMPLES, EvaluateConfig, evaluation_model, trained_facts
 from ssmtune.models import load_tokenizer
 from ssmtune.records import new_record
 
@@ -92,6 +92,7 @@ def _record(config: HarnessConfig, name: str, found: Mapping[str, Any], seconds:
         config=asdict(config),
         name=config.name or (config.adapter or "base"),
         seed=config.seed,
+        trained=trained_facts(config.model, config.adapter),
         engine={"name": "lm_eval", "version": importlib.metadata.version("lm_eval")},
         task=f"harness:{name}",
         task_version={leaf: found["versions"].get(leaf) for leaf in leaves},

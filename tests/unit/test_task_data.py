@@ -15,12 +15,13 @@ import pytest
 
 from ssmtune import evaluate as evaluating
 from ssmtune.errors import ConfigError, DataError, SsmtuneError
-from ssmtune.evaluate import EvaluateConfig, by_variation, evaluate, pick_shots
+from ssmtune.evaluate import EvaluateConfig, evaluate, pick_shots
 from ssmtune.models import load_tokenizer
 from ssmtune.records import digest
 from ssmtune.study_cells import StudyConfig, expand
 from ssmtune.study_runs import study_inputs
 from ssmtune.tasks import dfa, needle, parity
+from ssmtune.tasks._outcomes import by_variation
 from ssmtune.tasks._pixels import as_text
 from ssmtune.tasks._sequences import SequenceTask
 from ssmtune.tasks._sourced import SourcedTask
