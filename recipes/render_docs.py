@@ -6,6 +6,7 @@ Run from the repository root: python recipes/render_docs.py [--check]
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import statistics
 import sys
@@ -14,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ssmtune.cli.tasks import task_rows
 from ssmtune.export.base import get_target, target_names
 from ssmtune.families.base import family_names, get_family
 from ssmtune.inventory import take_inventory
@@ -23,7 +25,9 @@ from ssmtune.quantize import choose, summary
 from ssmtune.quantized import QuantizeConfig
 from ssmtune.records import read_record
 from ssmtune.report.markdown import study_markdown, update_generated
-from ssmtune.tasks.base import get_task, task_names
+from ssmtune.tasks._sequences import SequenceTask
+from ssmtune.tasks._sourced import SourcedTask
+from ssmtune.tasks.base import STOPS, GeneratedTask, get_task, messages, sample_examples, task_names
 from ssmtune.verify.base import check_names, get_check
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,13 +141,51 @@ def checks() -> str:
 
 
 def tasks() -> str:
-    """The tasks with their size and metrics."""
+    """The tasks with their kind, metrics and terms."""
     rows = []
-    for name in task_names():
-        task = get_task(name)
-        metrics = ", ".join(f"**{m}**" if m == task.primary else m for m in task.metrics)
-        rows.append([f"`{name}`", str(task.version), f"{task.full_size:,}", metrics, str(task.max_new_tokens)])
-    return table(["task", "version", "examples", "metrics (primary in bold)", "longest answer, tokens"], rows)
+    for row in task_rows(None):
+        metrics = [f"**{m}**" if m == row["primary"] else m for m in row["metrics"]] + [
+            f"*{m}*" for m in row["corpus_metrics"]
+        ]
+        chance = "-" if row["chance"] is None else f"{row['chance']:.3g}"
+        source = "drawn" if row["drawn"] else f"`{row['folder']}`"
+        version, licence = str(row["version"]), row["licence"]
+        rows.append([f"`{row['name']}`", version, row["kind"], ", ".join(metrics) or "-", chance, source, licence])
+    headings = ["task", "version", "kind", "metrics (primary in bold, of all answers in italics)", "chance"]
+    return table([*headings, "set", "licence"], rows)
+
+
+def task_pages() -> str:
+    """What each task's own file says: what it is, a question, how an answer is read, where the set comes from."""
+    return "\n\n".join(task_page(name) for name in task_names())
+
+
+def task_page(name: str) -> str:
+    """One task."""
+    task = get_task(name)
+    example = min(sample_examples(task), key=lambda e: len(e.input) + len(e.output))
+    prompt, answer = messages(example)
+    shown = "\n".join(f"{m['role']}: {m['content']}" for m in [*prompt, *answer])
+    extra = [stop for stop in task.stops if stop not in STOPS]
+    facts = [f"at most {task.max_new_tokens} tokens"]
+    facts += [f"also stops at {', '.join(f'`{stop!r}`' for stop in extra)}"] if extra else []
+    lines = [f"### {name}", inspect.getdoc(sys.modules[f"ssmtune.tasks.{name}"]) or ""]
+    lines.append(f"```text\n{shown}\n```")
+    if isinstance(task, SourcedTask):
+        sides = [*(["train"] if task.trained else []), *([task.test_split] if task.tested else [])]
+        facts.append(f"reads {' and '.join(f'`{side}`' for side in sides)} of `{task.folder}`")
+        if task.hub is not None:
+            facts.append(f"on the hub: `{task.hub.path}`" + (f", `{task.hub.config}`" if task.hub.config else ""))
+        facts.append(f"licence: {task.terms}")
+    elif isinstance(task, SequenceTask):
+        lengths = [", ".join(map(str, sizes)) for sizes in (task.train_lengths, task.test_lengths)]
+        facts.append(f"{task.num_train:,} examples of lengths {lengths[0]} to train on")
+        facts.append(f"{task.num_test} of each length {lengths[1]} to test")
+    else:
+        assert isinstance(task, GeneratedTask)
+        facts.append(f"{task.full_size:,} examples at size 1")
+    lines.append("; ".join(facts) + ".")
+    return "\n\n".join(lines)
 
 
 def pretrain_facts() -> str:
@@ -654,7 +696,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/methods/README.md": {"methods": methods},
     "docs/verify.md": {"checks": checks, "faults": planted_faults},
     "docs/export.md": {"targets": export_targets, "gguf": gguf_families, "merge": merge_cost},
-    "docs/tasks.md": {"tasks": tasks},
+    "docs/tasks.md": {"tasks": tasks, "task-pages": task_pages},
     "docs/tiny-granite-h.md": {"facts": pretrain_facts, "samples": pretrain_samples},
     "docs/performance.md": {
         "steps": bench_steps,

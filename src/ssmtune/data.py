@@ -49,7 +49,7 @@ class Tokenized:
 def load_pairs(path: Path | str) -> list[PromptCompletion]:
     """Return the rows of a .jsonl or .jsonl.gz file; the first bad line is a `DataError`. Writes nothing."""
     path = Path(path)
-    pairs = [_pair(text, where) for where, text in _lines(path)]
+    pairs = [_pair(text, where) for where, text in read_lines(path)]
     if not pairs:
         raise DataError(f"{path}: is empty. Expected one JSON object a line: {FORMATS}.")
     return pairs
@@ -168,8 +168,8 @@ def _without_trailing_break(text: str, special: Sequence[str]) -> str:
     return stripped if stripped.endswith(tuple(special)) else text
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield ("FILE, line N", text) of every line, decoded."""
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield ("FILE, line N", text) of every line of a .jsonl or .jsonl.gz file, decoded; what is unreadable is a `DataError`."""
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise DataError(f"{path}: got a file of unknown kind; expected a name ending in .jsonl or .jsonl.gz.")
     number = 0
@@ -207,7 +207,7 @@ def _open(path: Path) -> IO[bytes]:
 
 def _pair(text: str, where: str) -> PromptCompletion:
     """Return one line as messages; `where` starts every error."""
-    row = _object(text, where)
+    row = read_object(text, where)
     if "messages" in row and ("instruction" in row or "output" in row):
         raise DataError(
             f"{where}: got both 'messages' and 'instruction' or 'output'; expected one of the two. Remove one."
@@ -228,7 +228,8 @@ def _pair(text: str, where: str) -> PromptCompletion:
     )
 
 
-def _object(text: str, where: str) -> dict[str, Any]:
+def read_object(text: str, where: str) -> dict[str, Any]:
+    """Return the JSON object of one line; `where` starts every `DataError`."""
     if not text.strip():
         raise DataError(f"{where}: is empty; expected a JSON object. Remove the line.")
     try:

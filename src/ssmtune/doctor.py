@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssmtune.errors import ConfigError
+from ssmtune.errors import ConfigError, MissingDependency
 from ssmtune.families.base import find_family
 from ssmtune.op_cases import all_cases, case_errors
 from ssmtune.operations import install_operations
 from ssmtune.ops.case import Case
 from ssmtune.records import environment
-from ssmtune.tasks.base import STOPS, Task, get_task, messages, task_names
+from ssmtune.tasks.base import Task, get_task, messages, sample_examples, task_names
 from ssmtune.verify import left_unchanged_model, sample_documents
 from ssmtune.verify.base import CheckResult
 from ssmtune.verify.packing import compare_packed
@@ -107,6 +107,8 @@ class DoctorReport:
     versions: Mapping[str, str]
     checks: Mapping[str, CheckResult]
     known_bad: tuple[KnownBad, ...]
+    untried: tuple[str, ...] = ()
+    """Scorers whose packages are not installed."""
 
     @property
     def ok(self) -> bool:
@@ -121,6 +123,7 @@ class DoctorReport:
             "versions": dict(self.versions),
             "checks": [check.to_dict() for check in self.checks.values()],
             "known_bad": [asdict(pair) for pair in self.known_bad],
+            "untried": list(self.untried),
         }
 
     def lines(self) -> list[str]:
@@ -131,6 +134,7 @@ class DoctorReport:
             for c in self.checks.values()
         ]
         text += [f"known bad here: {pair.name} on {pair.gpu}: {pair.reason} ({pair.source})" for pair in self.known_bad]
+        text += [f"not tried: {line}" for line in self.untried]
         return text
 
 
@@ -152,7 +156,14 @@ def examine(device: str | None = None) -> DoctorReport:
             name = f"{operation}/{str(dtype).removeprefix('torch.')}"
             members = [case for case in cases if case.operation == operation]
             checks[name] = _check(name, members, dtype, limit, torch.device(device))
-    checks |= {f"scorer/{name}": scorer_check(name, get_task(name)) for name in task_names()}
+    untried = []
+    for name in task_names():
+        # A task for training alone has no scorer.
+        if get_task(name).metrics:
+            try:
+                checks[f"scorer/{name}"] = scorer_check(name, get_task(name))
+            except MissingDependency as error:
+                untried.append(f"scorer/{name}: {error}")
     facts = environment()
     on_gpu = torch.device(device).type == "cuda"
     return DoctorReport(
@@ -160,6 +171,7 @@ def examine(device: str | None = None) -> DoctorReport:
         versions={"python": facts["python"], **facts["versions"]},
         checks=checks,
         known_bad=known_bad_here() if on_gpu else (),
+        untried=tuple(untried),
     )
 
 
@@ -203,10 +215,10 @@ def scorer_check(name: str, task: Task) -> CheckResult:
     Measured: the largest change of a metric by text behind the stop: another answer after the right one, and the right
     one after an empty answer. Limit: 0. A task that does not give its own answers full marks fails as well.
     """
-    right, other = task.generate(2 / task.full_size, seed=0)[:2]
+    right, other = sample_examples(task)[:2]
     answer, wrong = (messages(example)[1][0]["content"] for example in (right, other))
     best, worst, where = task.score(answer, right), 0.0, ""
-    for stop in STOPS:
+    for stop in task.stops:
         for kept, text in ((answer, answer + stop + wrong), ("", stop + answer)):
             expected, found = task.score(kept, right), task.score(text, right)
             metric = max(expected, key=lambda key: abs(found[key] - expected[key]))
@@ -221,7 +233,7 @@ def scorer_check(name: str, task: Task) -> CheckResult:
         measured=worst,
         limit=0,
         where=where,
-        detail=f"text behind {' or '.join(STOPS)} changes the metrics by {worst:.2g}",
+        detail=f"text behind {' or '.join(map(repr, task.stops))} changes the metrics by {worst:.2g}",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +21,11 @@ from ssmtune.export.base import GgufType
 from ssmtune.merged_files import PROVENANCE
 from ssmtune.models import load_model, load_tokenizer, model_location
 from ssmtune.records import new_record
-from ssmtune.tasks.base import Example, Task, get_task, messages, split
-from ssmtune.training_data import task_examples
+from ssmtune.tasks._outcomes import by_variation, commonest, means
+from ssmtune.tasks._sandbox import MAX_BYTES, MAX_SECONDS, run_python
+from ssmtune.tasks._sourced import SourcedTask
+from ssmtune.tasks.base import STOPS, Example, Task, get_task, messages, stop_text, with_shots
+from ssmtune.training_data import task_side, task_sources
 
 if TYPE_CHECKING:
     import torch
@@ -32,14 +36,23 @@ Engine = Literal["transformers", "llamacpp"]
 NUM_SAMPLES = 12
 """Completions kept in the record, for reading."""
 
+SHOTS_SEED = 42
+
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluateConfig:
-    """What to evaluate, and on how much of the task's test side."""
+    """What to evaluate, and on how much of the task's test side.
+
+    `directory` is where the sets of tasks lie, as in `DataConfig`. `shots` solved examples of the training side stand before
+    every question, the same ones. `allow_execution`: run the programs that the model writes, for a task scored so.
+    """
 
     model: str
     task: str
     size: float = pydantic.Field(default=1.0, gt=0, le=1)
+    directory: str | None = None
+    shots: int = pydantic.Field(default=0, ge=0)
+    allow_execution: bool = False
     adapter: str | None = None
     without_core: bool = False
     num_examples: int | None = pydantic.Field(default=None, ge=1)
@@ -65,17 +78,27 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig, *, model: PreTrainedModel | None = None, progress: bool = True) -> dict[str, Any]:
     """Return the evaluate record: metrics, one score per example and metric, samples, share of answers that stopped.
 
+    `corpus_metrics` are of all answers together (Matthews, F1, BLEU), `variations` the metrics by variation, `commonest`
+    what always giving the commonest answer of these examples would score.
+
     Answers are greedy. The weights are the base's in fp32 with the adapter merged in fp32, so that nothing is rounded;
     An adapter that was trained on a base in 4 bits is merged into the original weights all the same (`QuantizationNote`).
     `without_core` leaves the adapter's core out. `model` is what `evaluation_model` returns for this config, for several
     tasks that are asked of one. The engine llamacpp answers from those weights as a GGUF file; raises
-    `AttachError` for an adapter that no weight can hold, `MissingDependency` where llama.cpp is not installed.
+    `AttachError` for an adapter that no weight can hold, `MissingDependency` where llama.cpp is not installed, `DataError`
+    for a set that is not there, `ConfigError` for a task that runs programs without `allow_execution`.
     """
     started = time.time()
     task = get_task(config.task)
+    if isinstance(task, SourcedTask) and task.executes and not config.allow_execution:
+        raise ConfigError(
+            f"task {task.name!r}: is scored by running what the model writes. It runs in a sandbox that has no network and "
+            "writes nowhere, which stops accidents and no attacker. Allow it with --allow-execution."
+        )
     tokenizer = load_tokenizer(config.model)
-    examples = split(task_examples(config.task, config.size)).test[: config.num_examples]
-    prompts = [messages(example)[0] for example in examples]
+    examples = task_side(config.task, "test", config.size, config.directory)[: config.num_examples]
+    shots = pick_shots(config) if config.shots else []
+    prompts = [with_shots(messages(example)[0], shots) for example in examples]
     if config.engine == "llamacpp":
         answers, engine = _answer_llamacpp(config, tokenizer, prompts, task.max_new_tokens, progress)
     else:
@@ -85,6 +108,7 @@ def evaluate(config: EvaluateConfig, *, model: PreTrainedModel | None = None, pr
             tokenizer,
             prompts,
             max_new_tokens=task.max_new_tokens,
+            stops=task.stops,
             batch_examples=config.batch_examples,
             progress=progress,
         )
@@ -100,7 +124,14 @@ def evaluate(config: EvaluateConfig, *, model: PreTrainedModel | None = None, pr
         task=task.name,
         task_version=task.version,
         primary=task.primary,
-        metrics={metric: sum(s[metric] for s in scores) / len(scores) for metric in task.metrics},
+        chance=task.chance,
+        commonest=commonest(task, examples),
+        sources=task_sources(config.task, "test", config.directory),
+        shots=[shot.id for shot in shots],
+        **_sandbox_facts(task),
+        metrics=means(task, scores),
+        corpus_metrics=task.score_corpus(completions, examples) if isinstance(task, SourcedTask) else {},
+        variations=by_variation(task, examples, scores),
         example_ids=[example.id for example in examples],
         scores={metric: [round(s[metric], 6) for s in scores] for metric in task.metrics},
         samples=_samples(task, examples, completions, scores),
@@ -124,13 +155,35 @@ def trained_facts(model: str, adapter: str | None) -> dict[str, Any] | None:
     return known if known["trainable"] and known["total"] else None
 
 
+def _sandbox_facts(task: Task) -> dict[str, Any]:
+    """What a record says of a sandbox that ran programs: whether the kernel's namespaces were around it."""
+    if not isinstance(task, SourcedTask) or not task.executes:
+        return {}
+    return {"sandbox": {"isolated": run_python("pass").isolated, "max_seconds": MAX_SECONDS, "max_bytes": MAX_BYTES}}
+
+
+def pick_shots(config: EvaluateConfig) -> list[Example]:
+    """Return the solved examples to show: short ones of the training side, the same for a task whatever is evaluated.
+
+    Drawn with a fixed seed from the half of the first thousand examples that is shorter, so that they leave room.
+    Raises `DataError` when the task has no training side, `ConfigError` when it has too few examples.
+    """
+    known = task_side(config.task, "train", config.size, config.directory)[:1000]
+    short = sorted(known, key=lambda example: len(example.input) + len(example.output))[: -(-len(known) // 2)]
+    if len(short) < config.shots:
+        raise ConfigError(
+            f"--shots {config.shots}: task {config.task!r} has {len(short)} examples to choose from. Ask for fewer."
+        )
+    return random.Random(f"shots:{SHOTS_SEED}").sample(short, config.shots)
+
+
 def _samples(
     task: Task, examples: Sequence[Example], completions: Sequence[str], scores: Sequence[dict[str, float]]
 ) -> list[dict[str, Any]]:
     return [
         {
             "id": example.id,
-            "prompt": messages(example)[0][0]["content"],
+            "prompt": messages(example)[0][-1]["content"],
             "expected": example.output,
             "completion": completion,
             "scores": score,
@@ -204,11 +257,13 @@ def answer(
     prompts: Sequence[list[dict[str, str]]],
     *,
     max_new_tokens: int,
+    stops: Sequence[str] = STOPS,
     batch_examples: int = 64,
     progress: bool = True,
 ) -> list[tuple[str, bool]]:
     """Return (text, stopped) for each prompt (chat messages), greedily; `stopped` says that the model ended its turn.
 
+    An answer also ends at the first of `stops` that is written as plain text (`STOPS` are tokens), which is left out.
     Prompts of similar length share a batch, padded on the left.
     """
     import torch
@@ -223,7 +278,7 @@ def answer(
         for first in range(0, len(order), batch_examples):
             batch = order[first : first + batch_examples]
             for index, result in zip(
-                batch, _generate(model, tokenizer, [tokens[i] for i in batch], max_new_tokens), strict=True
+                batch, _generate(model, tokenizer, [tokens[i] for i in batch], max_new_tokens, stops), strict=True
             ):
                 answers[index] = result
             bar.advance(steps, len(batch))
@@ -243,7 +298,11 @@ def _progress_bar(progress: bool) -> Progress:
 
 
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[list[int]], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[list[int]],
+    max_new_tokens: int,
+    stops: Sequence[str],
 ) -> list[tuple[str, bool]]:
     import torch
 
@@ -251,6 +310,9 @@ def _generate(
     pad: Any = tokenizer.pad_token_id
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
+    written = [stop for stop in stops if stop not in STOPS]
+    # Only where there are some: looking for text costs a decoding at each step.
+    early = {"stop_strings": written, "tokenizer": tokenizer} if written else {}
     generate: Callable[..., torch.Tensor] = model.generate
     output = generate(
         input_ids=input_ids,
@@ -259,10 +321,13 @@ def _generate(
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad,
+        **early,
     )
     results = []
     for row in output[:, width:].tolist():
         stopped = tokenizer.eos_token_id in row
         end = row.index(tokenizer.eos_token_id) if stopped else len(row)
-        results.append((tokenizer.decode(row[:end], skip_special_tokens=False), stopped))
+        text = str(tokenizer.decode(row[:end], skip_special_tokens=False))
+        kept = stop_text(text, written)
+        results.append((kept, stopped or kept != text))
     return results

@@ -41,6 +41,9 @@ class CellSpec:
     draw: int | None = None
     rates: dict[str, float] = field(default_factory=dict)
     tuning: tuple[str, ...] = ()
+    directory: str | None = None
+    shots: int = 0
+    allow_execution: bool = False
 
     @property
     def arm(self) -> str:
@@ -127,6 +130,9 @@ def _cell(
         reuse=arm.reuse,
         output_dir=config.output_dir,
         run_dir="",
+        directory=config.directory,
+        shots=arm.shots,
+        allow_execution=config.allow_execution,
     )
     return _placed(spec, _relevant(inputs, spec), Path(config.output_dir) / "cells" / f"{label}.json.gz")
 
@@ -162,10 +168,20 @@ def _waiting(cell: Cell, tuning: list[Cell], source: Cell | None) -> Cell:
 
 
 def _placed(spec: CellSpec, inputs: Mapping[str, Any], path: Path) -> Cell:
-    # Places, names and the choice of outcome do not change what is computed; an axis that is not used adds nothing.
-    unused: dict[str, Any] = {"data_order": None, "draw": None, "transfer": [], "rates": {}}
+    # Places, names, permissions and the choice of outcome do not change what is computed; an unused axis adds nothing.
+    unused: dict[str, Any] = {"data_order": None, "draw": None, "transfer": [], "rates": {}, "shots": 0}
     plain: dict[str, Any] = pydantic.TypeAdapter(CellSpec).dump_python(spec, mode="json")
-    places = ("output_dir", "run_dir", "reuse", "reuse_run", "primary", "model_name", "tuning")
+    places = (
+        "output_dir",
+        "run_dir",
+        "reuse",
+        "reuse_run",
+        "primary",
+        "model_name",
+        "tuning",
+        "directory",
+        "allow_execution",
+    )
     determines = {k: v for k, v in plain.items() if k not in places and unused.get(k, ...) != v}
     digest = records.digest({**determines, "inputs": dict(inputs)})
     # The digest in its name keeps a run of an earlier config from being taken for this one's.

@@ -65,6 +65,7 @@ class StudyCell:
 
     `draws` are seeds of a random placement: the arm is run once with each, and a comparison with it is one with what
     placements at random do. `models` restricts the arm to some of the study's models; None is all.
+    `shots`: the base with that many solved examples before every question.
     """
 
     recipe: str | Recipe | None = None
@@ -73,6 +74,7 @@ class StudyCell:
     draws: tuple[int, ...] = ()
     models: tuple[str, ...] | None = None
     tune: Tune | None = None
+    shots: int = pydantic.Field(default=0, ge=0)
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=decoding.STRICT)
@@ -95,6 +97,7 @@ class StudyConfig:
     Every cell runs on each of `models` (name -> location; `model` is one without a name), trains on each of `tasks` with
     every seed and every one of `data_orders`, and is evaluated on its task and on those of `transfer`.
     `retries`: how often a cell that failed is run again before the study goes on without it.
+    `directory` is where the sets of tasks lie; `allow_execution` lets tasks run the programs that models write.
     """
 
     name: str
@@ -113,6 +116,8 @@ class StudyConfig:
     num_examples: int | None = None
     workers: int = pydantic.Field(default=1, ge=0)
     retries: int = pydantic.Field(default=1, ge=0)
+    directory: str | None = None
+    allow_execution: bool = False
 
     def bases(self) -> dict[str, str]:
         """The base models, name -> location; a single `model` has the name ""."""
@@ -192,6 +197,8 @@ def _check_cell(config: StudyConfig, name: str, cell: StudyCell) -> None:
         raise ConfigError(f"tune.task: no task is named {tune.task!r}; {nearest(tune.task, names)}.")
     if cell.tune is not None and cell.recipe is None:
         raise ConfigError(f"cells.{name}.tune: this cell trains nothing, so there is no rate to choose. Remove it.")
+    if cell.shots and (cell.recipe is not None or cell.reuse is not None):
+        raise ConfigError(f"cells.{name}: got 'shots' with a trained run; solved examples are for the base alone.")
     if cell.reuse is None:
         return
     _check_known(config, cell.reuse, f"cells.{name}.reuse")

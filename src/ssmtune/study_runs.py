@@ -18,9 +18,9 @@ from ssmtune.records import file_sha256, read_record
 from ssmtune.study_cells import CellSpec
 from ssmtune.study_config import StudyConfig
 from ssmtune.study_estimate import Cost
-from ssmtune.tasks.base import get_task, split
+from ssmtune.tasks.base import Side, SidedTask, get_task
 from ssmtune.train import TrainConfig, num_training_steps, train
-from ssmtune.training_data import DataConfig, catalogue_digest, prepare_data, task_examples
+from ssmtune.training_data import DataConfig, catalogue_digest, prepare_data, task_side, task_sources
 
 
 def run_cell(spec: CellSpec) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def cost_of(spec: CellSpec) -> Cost:
         rows = num_training_steps(config, num_rows) * config.rows_per_step * config.num_accumulated
         tokens = round(rows * num_tokens / num_rows)
     tasks = [] if spec.rates else [(spec.task, spec.size), *((task.name, task.size) for task in spec.transfer)]
-    questions = sum(min(spec.num_examples or sys.maxsize, _num_held_out(task, float(size))) for task, size in tasks)
+    questions = sum(min(spec.num_examples or sys.maxsize, _num_held_out(task, float(size), spec.directory)) for task, size in tasks)
     return Cost(tokens=tokens, questions=questions)
 
 
@@ -78,8 +78,8 @@ def _prepared(model: str, data: DataConfig) -> tuple[int, int]:
 
 
 @lru_cache
-def _num_held_out(task: str, size: float) -> int:
-    return len(split(task_examples(task, size)).test)
+def _num_held_out(task: str, size: float, directory: str | None) -> int:
+    return len(task_side(task, "test", size, directory))
 
 
 def study_inputs(config: StudyConfig) -> dict[str, str]:
@@ -90,12 +90,18 @@ def study_inputs(config: StudyConfig) -> dict[str, str]:
         weights = sorted(location.glob("*.safetensors")) if location.is_dir() else []
         inputs |= {"/".join(filter(None, ["model", name, path.name])): file_sha256(path) for path in weights}
     inputs["catalogue"] = catalogue_digest()
-    names = {task.name for task in (*config.tasks, *config.transfer)}
-    return inputs | {f"task/{name}": str(get_task(name).version) for name in sorted(names)}
+    names = sorted({task.name for task in (*config.tasks, *config.transfer)})
+    for name in names:
+        if isinstance(get_task(name), SidedTask):
+            trains = any(cell.recipe is not None or cell.shots for cell in config.cells.values())
+            sides: tuple[Side, ...] = ("train", "test") if trains else ("test",)
+            for side in sides:
+                inputs |= task_sources(name, side, config.directory)
+    return inputs | {f"task/{name}": str(get_task(name).version) for name in names}
 
 
 def _train_config(spec: CellSpec, tuned: dict[str, float]) -> TrainConfig:
-    data = {"task": spec.task, "size": float(spec.size), **spec.train.get("data", {})}
+    data = {"task": spec.task, "size": float(spec.size), "directory": spec.directory, **spec.train.get("data", {})}
     fields = {
         **spec.train,
         "optimizer": {**spec.train.get("optimizer", {}), **tuned, **spec.rates},
@@ -115,9 +121,18 @@ def _evaluate_config(spec: CellSpec, task: str, size: str) -> EvaluateConfig:
     run = spec.reuse_run or (spec.run_dir if spec.recipe is not None else None)
     return EvaluateConfig(
         model=spec.model,
-        task=task,
-        size=float(size),
-        adapter=None if run is None else str(Path(run) / "adapter"),
+    names = sorted({task.name for task in (*config.tasks, *config.transfer)})
+    for name in names:
+        if isinstance(get_task(name), SidedTask):
+            trains = any(cell.recipe is not None or cell.shots for cell in config.cells.values())
+            sides: tuple[Side, ...] = ("train", "test") if trains else ("test",)
+            for side in sides:
+                inputs |= task_sources(name, side, config.directory)
+    return inputs | {f"task/{name}": str(get_task(name).version) for name in names}
+
+
+def _train_config(spec: CellSpec, tuned: dict[str, float]) -> TrainConfig:
+    data = {"task": spec.task, "size": float(spec.size), "directory": spec.directory, **spec.train.get("data", {})}
         without_core=spec.reuse is not None,
         num_examples=spec.num_examples,
         batch_examples=512,

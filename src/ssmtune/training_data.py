@@ -16,7 +16,7 @@ from ssmtune.config import STRICT
 from ssmtune.data import PromptCompletion, load_pairs, tokenize
 from ssmtune.errors import ConfigError, DataError
 from ssmtune.records import digest, file_sha256, write_json
-from ssmtune.tasks.base import Example, get_task, messages, split
+from ssmtune.tasks.base import Example, GeneratedTask, Side, SidedTask, get_task, messages, split
 
 if TYPE_CHECKING:
     import datasets
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 class DataConfig:
     """A task by name, or JSONL files of your own.
 
+    `directory` is where the sets of tasks lie, or "hub" to download the one that is named; None for SSMTUNE_DATA.
     `validation_share` of the training side selects the best checkpoint; the task's test side is never seen here.
     `packing` puts several documents into one row of at most `max_length` tokens and keeps them apart.
     """
 
     task: str | None = None
     size: float = pydantic.Field(default=1.0, gt=0, le=1)
+    directory: str | None = None
     train_file: str | None = None
     validation_file: str | None = None
     validation_share: float = pydantic.Field(default=0.05, gt=0, lt=1)
@@ -67,9 +69,11 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Trai
     # Tokenising and packing take seconds; a bar per step would hide the messages that matter.
     disable_progress_bars()
     if config.task is not None:
-        # A task's rows are a function of its version, the settings and the tokenizer, so they can be kept.
+        # A task's rows are a function of its version, its files, the settings and the tokenizer, so they can be kept.
         task = get_task(config.task)
-        key = ["rows", task.name, task.version, catalogue_digest(), asdict(config), tokenizer_digest(tokenizer)]
+        sources = task_sources(config.task, "train", config.directory)
+        settings = {name: value for name, value in asdict(config).items() if name != "directory"}
+        key = ["rows", task.name, task.version, sources, settings, tokenizer_digest(tokenizer)]
         directory = cached_directory(key, lambda path: _save_rows(_make_rows(config, tokenizer), path))
         rows = _load_rows(directory)
     else:
@@ -93,7 +97,7 @@ class _Rows:
 
 def _make_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _Rows:
     if config.task is not None:
-        pairs = [as_pair(example) for example in split(task_examples(config.task, config.size)).train]
+        pairs = [as_pair(example) for example in task_side(config.task, "train", config.size, config.directory)]
     else:
         assert config.train_file is not None
         pairs = load_pairs(config.train_file)
@@ -117,6 +121,7 @@ def _make_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _Rows:
             raise DataError(f"no {name} example is left within data.max_length={config.max_length} tokens. Raise it.")
         parts[name] = _pack(tokenized.dataset, config)
     summary = {
+        "sources": {} if config.task is None else task_sources(config.task, "train", config.directory),
         "examples": {"train": len(pairs), "validation": len(held_out)},
         "rows": {name: len(part) for name, part in parts.items()},
         "tokens": {name: sum(map(len, part["input_ids"])) for name, part in parts.items()},
@@ -138,9 +143,31 @@ def _load_rows(directory: Path) -> _Rows:
     return _Rows(parts=parts, summary=json.loads((directory / "summary.json").read_text(encoding="utf-8")))
 
 
-def task_examples(name: str, size: float) -> list[Example]:
-    """Return a task's examples, from the cache where they were generated before."""
+def task_side(name: str, side: Side, size: float, directory: str | None = None) -> list[Example]:
+    """Return the examples of one side of a task: to train on, or held out. Each prefix is a fair sample.
+
+    `size` scales both sides of a generated task, and the training side alone of the others.
+    Raises `DataError` for a set that is not there, or a side that it does not have.
+    """
     task = get_task(name)
+    if isinstance(task, SidedTask):
+        return list(task.examples(side, size, directory))
+    parts = split(task_examples(name, size))
+    return parts.train if side == "train" else parts.test
+
+
+def task_sources(name: str, side: Side, directory: str | None = None) -> dict[str, str]:
+    """Return digests of what one side of a task is made from: its files, or the catalogue of a generated one."""
+    task = get_task(name)
+    if isinstance(task, SidedTask):
+        return task.sources(side, directory)
+    return {"catalogue": catalogue_digest()}
+
+
+def task_examples(name: str, size: float) -> list[Example]:
+    """Return a generated task's examples, from the cache where they were generated before."""
+    task = get_task(name)
+    assert isinstance(task, GeneratedTask)
 
     def make(directory: Path) -> None:
         write_json(directory / "examples.json.gz", [asdict(example) for example in task.generate(size, 0)])

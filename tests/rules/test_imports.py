@@ -56,7 +56,7 @@ ORDER = (
     {"training_data"},
     {"train", "sft", "watch", "warmup"},
     {"verify", "doctor", "op_cases", "export"},
-    {"evaluate", "evaluate_llamacpp", "bench", "bench_side", "bench_profile"},
+    {"evaluate", "evaluate_llamacpp", "harness", "bench", "bench_side", "bench_profile"},
     {"workers", "ray_workers"},
     {"study", "study_analysis", "study_cells", "study_config", "study_estimate", "study_runs"},
     {"report"},

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ from ssmtune.tasks import classification, mapping, rules
 from ssmtune.tasks._catalogue import apportion, catalogue, schemas_at, slots
 from ssmtune.tasks.base import (
     Example,
-    Task,
+    GeneratedTask,
     get_task,
     messages,
     near_duplicates,
@@ -33,8 +34,10 @@ END = "<|end_of_text|>"
 
 
 @pytest.fixture(scope="module", params=["classification", "mapping", "rules"])
-def task(request: pytest.FixtureRequest) -> Task:
-    return get_task(request.param)
+def task(request: pytest.FixtureRequest) -> GeneratedTask:
+    found = get_task(request.param)
+    assert isinstance(found, GeneratedTask)
+    return found
 
 
 def example(output: str | dict[str, object]) -> Example:
@@ -46,10 +49,12 @@ def example(output: str | dict[str, object]) -> Example:
 
 
 def test_tasks_are_found_by_file_name() -> None:
-    assert task_names() == ("classification", "mapping", "rules")
+    folder = Path(classification.__file__).parent
+    assert task_names() == tuple(sorted(p.stem for p in folder.glob("[a-z]*.py") if p.stem != "base"))
+    assert {"classification", "mapping", "rules", "gsm8k", "cola", "humaneval", "needle"} <= set(task_names())
 
 
-def test_task_answers_to_its_own_name(task: Task) -> None:
+def test_task_answers_to_its_own_name(task: GeneratedTask) -> None:
     assert get_task(task.name) is task
     assert task.primary in task.metrics
 
@@ -71,8 +76,9 @@ def test_bad_third_party_task_is_refused(name: str, message: str) -> None:
 
 def test_tasks_import_neither_torch_nor_transformers_nor_the_catalogue() -> None:
     code = (
-        "import sys; from ssmtune.tasks import base, classification, mapping, rules, _catalogue as c;"
-        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules);"
+        "import sys; from ssmtune.tasks import base, _catalogue as c; [base.get_task(n) for n in base.task_names()];"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'scipy', 'rouge_score', 'sacrebleu', 'lm_eval'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
         "assert c.catalogue.cache_info().currsize == 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
@@ -89,7 +95,7 @@ def test_catalogue_has_611_distinct_schemas() -> None:
 
 
 def test_full_sizes_are_those_of_the_study() -> None:
-    assert [get_task(name).full_size for name in ("classification", "mapping", "rules")] == [24_369, 15_222, 9_165]
+    assert [task.full_size for task in (classification.TASK, mapping.TASK, rules.TASK)] == [24_369, 15_222, 9_165]
 
 
 def test_full_size_has_the_exact_count_of_every_variation() -> None:
@@ -121,7 +127,7 @@ def test_apportion_is_exact() -> None:
 
 
 @pytest.mark.parametrize("size", [0.0, -1.0, 1.5, math.nan])
-def test_size_out_of_range_is_refused(task: Task, size: float) -> None:
+def test_size_out_of_range_is_refused(task: GeneratedTask, size: float) -> None:
     with pytest.raises(ConfigError, match="task size"):
         task.generate(size, 0)
 
@@ -132,20 +138,20 @@ def test_size_out_of_range_is_refused(task: Task, size: float) -> None:
 DIGESTS = {"classification": "0e5cb92e4aef33ca", "mapping": "e1030e1b84e7a676", "rules": "c57fef59ba9605e1"}
 
 
-def test_examples_are_pinned(task: Task) -> None:
+def test_examples_are_pinned(task: GeneratedTask) -> None:
     """A change here changes published figures: raise the task's `version` with it."""
     examples = [dataclasses.asdict(e) for e in task.generate(SMALL, 0)]
     assert examples == [dataclasses.asdict(e) for e in task.generate(SMALL, 0)]
     assert digest(examples) == DIGESTS[task.name]
 
 
-def test_another_seed_gives_other_examples_of_the_same_plan(task: Task) -> None:
+def test_another_seed_gives_other_examples_of_the_same_plan(task: GeneratedTask) -> None:
     first, second = task.generate(SMALL, 0), task.generate(SMALL, 1)
     assert [(e.id, e.schema, e.variation) for e in first] == [(e.id, e.schema, e.variation) for e in second]
     assert sum(a.input == b.input for a, b in zip(first, second, strict=True)) < len(first) // 20
 
 
-def test_examples_fit_a_short_context_and_are_ascii(task: Task) -> None:
+def test_examples_fit_a_short_context_and_are_ascii(task: GeneratedTask) -> None:
     for e in task.generate(SMALL, 0):
         assert len(e.instruction) + len(e.input) + len(e.output) < 1400
         assert (e.instruction + e.input + e.output).isascii()
@@ -153,7 +159,7 @@ def test_examples_fit_a_short_context_and_are_ascii(task: Task) -> None:
         assert len(e.output) < 2 * task.max_new_tokens
 
 
-def test_the_right_answer_scores_1_on_every_metric(task: Task) -> None:
+def test_the_right_answer_scores_1_on_every_metric(task: GeneratedTask) -> None:
     for e in task.generate(0.005, 3):
         assert task.score(e.output, e) == dict.fromkeys(task.metrics, 1.0)
         assert task.score(f"{e.output}{END}\n{{}} more", e) == dict.fromkeys(task.metrics, 1.0)
@@ -162,7 +168,7 @@ def test_the_right_answer_scores_1_on_every_metric(task: Task) -> None:
 @pytest.mark.parametrize(
     "completion", ["", "   \n", END, "{", "}", "[1]", "null", '{"mapping": {', "\ud800", "{" * 5000, '{"a":' * 5000]
 )
-def test_malformed_answers_score_0_and_never_raise(task: Task, completion: str) -> None:
+def test_malformed_answers_score_0_and_never_raise(task: GeneratedTask, completion: str) -> None:
     e = task.generate(0.001, 0)[0]
     assert task.score(completion, e) == dict.fromkeys(task.metrics, 0.0)
 
@@ -196,7 +202,7 @@ def test_rules_are_a_function_of_the_question_and_name_a_shown_column() -> None:
 # Split and near-duplicates
 
 
-def test_split_is_disjoint_whole_and_repeatable(task: Task) -> None:
+def test_split_is_disjoint_whole_and_repeatable(task: GeneratedTask) -> None:
     examples = task.generate(SMALL, 0)
     parts = split(examples)
     assert sorted(e.id for e in parts.train + parts.test) == sorted(e.id for e in examples)
@@ -204,7 +210,7 @@ def test_split_is_disjoint_whole_and_repeatable(task: Task) -> None:
     assert parts == split(examples) != split(examples, seed=43)
 
 
-def test_no_near_duplicates_across_the_split_and_a_planted_one_is_found(task: Task) -> None:
+def test_no_near_duplicates_across_the_split_and_a_planted_one_is_found(task: GeneratedTask) -> None:
     parts = split(task.generate(SMALL, 0))
     assert near_duplicates(parts.train, parts.test) == []
     # One word changed at the end of a long input leaves most shingles as they were.

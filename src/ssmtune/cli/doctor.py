@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from ssmtune.cli.output import print_checks, print_result, quiet_libraries, tables
 
@@ -34,6 +35,8 @@ def doctor(
         if leak is not None and checks[-1].ok:
             tables().print(f"packing: {checks[-1].detail}")
         tables().print("  ".join(f"{name} {version}" for name, version in report.versions.items()))
+        for line in report.untried:
+            tables().print(f"not tried: {escape(line)}", highlight=False)
         for pair in report.known_bad:
             tables().print(f"[yellow]known bad here: {pair.name} on {pair.gpu}: {pair.reason} ({pair.source})[/yellow]")
     if not ok:

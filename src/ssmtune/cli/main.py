@@ -21,6 +21,7 @@ from ssmtune.cli import (
     plan,
     report,
     study,
+    tasks,
     train,
     verify,
 )
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("inspect")(inspect_model.inspect)
 app.command("methods")(methods.methods)
+app.command("tasks")(tasks.tasks)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("verify")(verify.verify)

@@ -77,6 +77,37 @@ def print_checks(title: str, checks: Iterable[CheckResult]) -> None:
             )
 
 
+def print_evaluation(records: list[dict[str, Any]]) -> None:
+    """Print the table of one evaluation, or of two on the same examples with their paired difference, on stdout."""
+    from ssmtune.stats import paired_difference
+
+    names = [record["name"] for record in records]
+    headings = ["metric", *names, *(["difference [95 % interval]"] if len(records) == 2 else [])]
+    table = make_table(
+        f"{records[0]['task']}, {len(records[0]['example_ids'])} examples", *headings, numbers=headings[1:]
+    )
+    for metric in records[0]["metrics"]:
+        row = [metric, *(f"{record['metrics'][metric]:.1%}" for record in records)]
+        if len(records) == 2:
+            ours, theirs = ([record["scores"][metric]] for record in records)
+            result = paired_difference(ours, theirs, seed=0)
+            row.append(f"{result.difference:+.1%} [{result.low:+.1%}, {result.high:+.1%}]")
+        table.add_row(*row)
+    for metric in records[0].get("corpus_metrics", {}):
+        values = [record["corpus_metrics"][metric] for record in records]
+        difference = [f"{values[0] - values[1]:+.1%} (no interval)"] if len(records) == 2 else []
+        table.add_row(f"{metric} (whole set)", *(f"{value:.1%}" for value in values), *difference)
+    for variation, found in records[0].get("variations", {}).items():
+        values = [record["variations"][variation][records[0]["primary"]] for record in records]
+        difference = [f"{values[0] - values[1]:+.1%} ({found['num']} examples)"] if len(records) == 2 else []
+        table.add_row(f"{records[0]['primary']}, {variation}", *(f"{value:.1%}" for value in values), *difference)
+    print_table(table)
+    guesses = {"guessing": records[0].get("chance"), "always the commonest answer": records[0].get("commonest")}
+    words = [f"{how} {value:.1%}" for how, value in guesses.items() if value]
+    if words:
+        tables().print(f"{records[0]['primary']} of {', of '.join(words)}", highlight=False)
+
+
 def split_list(value: str) -> tuple[str, ...]:
     """Return the entries of an option that holds several, separated by commas."""
     return tuple(entry.strip() for entry in value.split(",") if entry.strip())
@@ -89,7 +120,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in ("transformers", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Where it is installed, PEFT imports it; on some CPUs it would then fetch code from the hub, or say that it cannot.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]

@@ -17,6 +17,8 @@ from ssmtune.tasks.base import NEAR_DUPLICATE, Example, shingles, similarity
 
 CATALOGUE_PATH = Path(__file__).resolve().parent.parent / "assets" / "catalogue.json.gz"
 
+LICENCE = "ours; headers under Apache-2.0, MIT"
+
 SCHEMA_EXPONENT = 0.7
 """At size s the first 611 * s**0.7 schemas are used: a small size has fewer labels *and* fewer examples of each.
 

@@ -12,8 +12,8 @@ import importlib
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from ssmtune.discovery import module_names
 from ssmtune.errors import ConfigError, nearest
@@ -23,6 +23,13 @@ STOPS = ("<|end_of_text|>", "<|start_of_role|>")
 
 TEST_SHARE = 10
 """One example in this many is held out."""
+
+Side = Literal["train", "test"]
+
+Kind = Literal[
+    "tables", "classification", "regression", "text", "summary", "sql", "math", "code", "reading", "pixels", "sequence",
+    "instruction",
+]  # fmt: skip
 
 SHINGLE_WORDS = 3
 
@@ -43,6 +50,18 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SourcedExample(Example):
+    """An example of a published set; `facts` are the row's other fields, for the scorer: no model is shown them."""
+
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def references(self) -> list[str]:
+        """Every right answer: those that the row lists, else its one."""
+        return list(self.facts.get("references") or [self.output])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
     """Examples to train on and examples held out, disjoint."""
 
@@ -52,11 +71,15 @@ class Split:
 
 @runtime_checkable
 class Task(Protocol):
-    """What `TASK` of a task file answers to. `version` is raised whenever the task's numbers change."""
+    """What `TASK` of a task file answers to, beside one of the two ways below to get at its examples."""
 
     @property
     def name(self) -> str:
         """The file name without its ending."""
+
+    @property
+    def kind(self) -> Kind:
+        """What sort of task it is."""
 
     @property
     def version(self) -> int:
@@ -71,8 +94,28 @@ class Task(Protocol):
         """The keys of what `score` returns, each a value from 0 to 1."""
 
     @property
+    def chance(self) -> float | None:
+        """What guessing among the possible answers gives on `primary`; None where there is no such guess."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Strings that end an answer; `STOPS` are among them."""
+
+    @property
     def max_new_tokens(self) -> int:
         """Enough for every right answer at about two bytes a token."""
+
+    @property
+    def licence(self) -> str:
+        """Under what terms the examples may be used."""
+
+    def score(self, completion: str, example: Example) -> dict[str, float]:
+        """Return every metric for what a model wrote; never raises on malformed text."""
+
+
+@runtime_checkable
+class GeneratedTask(Task, Protocol):
+    """A task that draws its examples; `split` divides them."""
 
     @property
     def full_size(self) -> int:
@@ -81,8 +124,24 @@ class Task(Protocol):
     def generate(self, size: float, seed: int) -> list[Example]:
         """Return `round(size * full_size)` examples, always the same for the same arguments."""
 
-    def score(self, completion: str, example: Example) -> dict[str, float]:
-        """Return every metric for what a model wrote; never raises on malformed text."""
+
+@runtime_checkable
+class SidedTask(Task, Protocol):
+    """A task whose two sides are given: by files, by a set on a hub, or by lengths to train on and longer ones to test."""
+
+    def examples(self, side: Side, size: float, directory: str | None) -> Sequence[Example]:
+        """Return the examples of one side, in an order that makes every prefix a fair sample.
+
+        `size` is the share of the training side; the test side is always whole.
+        `directory` is where sets lie, the word "hub" to have `datasets` fetch them, or None for `SSMTUNE_DATA`.
+        Raises `DataError` saying how to get a set that is not there.
+        """
+
+    def sources(self, side: Side, directory: str | None) -> dict[str, str]:
+        """Return digests of what `examples` reads, by name; empty for a task that draws its examples."""
+
+    def sample_examples(self) -> Sequence[Example]:
+        """Return two or more invented examples with different answers: what a question looks like, without any set."""
 
 
 def task_names() -> tuple[str, ...]:
@@ -108,10 +167,10 @@ def get_task(name: str) -> Task:
         raise ConfigError(
             f"task: got {name!r}, but module {error.name!r} cannot be found. Check its name and PYTHONPATH."
         ) from None
-    if not isinstance(task, Task):
+    if not isinstance(task, Task) or not isinstance(task, (GeneratedTask, SidedTask)):
         raise ConfigError(
             f"task: got {name!r}, but {module_name} holds no task named {constant!r}. "
-            "It must answer to ssmtune.tasks.base.Task."
+            "It must answer to GeneratedTask or SidedTask of ssmtune.tasks.base."
         )
     return task
 
@@ -129,17 +188,33 @@ def split(examples: Sequence[Example], seed: int = 42) -> Split:
 
 def messages(example: Example) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Return the messages that ask the question and those that answer it, for a tokenizer's chat template."""
-    prompt = [{"role": "user", "content": f"{example.instruction}\n\n{example.input}"}]
-    return prompt, [{"role": "assistant", "content": example.output}]
+    answer = [{"role": "assistant", "content": example.output}]
+    if isinstance(example, SourcedExample) and example.facts.get("turns"):
+        return list(example.facts["turns"]), answer
+    content = f"{example.instruction}\n\n{example.input}" if example.instruction else example.input
+    return [{"role": "user", "content": content}], answer
 
 
-def stop_text(completion: str) -> str:
+def with_shots(prompt: Sequence[dict[str, str]], shots: Sequence[Example]) -> list[dict[str, str]]:
+    """Return `prompt` behind the solved examples `shots`, each a turn of the user's and one of the model's."""
+    return [*(message for shot in shots for part in messages(shot) for message in part), *prompt]
+
+
+def sample_examples(task: Task) -> Sequence[Example]:
+    """Return two or more examples of a task with different answers, whether or not its data are there."""
+    if isinstance(task, GeneratedTask):
+        return task.generate(2 / task.full_size, seed=0)[:2]
+    assert isinstance(task, SidedTask)
+    return task.sample_examples()
+
+
+def stop_text(completion: str, stops: Sequence[str] = STOPS) -> str:
     """Return the part of `completion` before the first stop string: all of it when there is none.
 
     >>> stop_text("jira_issues<|end_of_text|>jira_boards")
     'jira_issues'
     """
-    ends = [completion.find(stop) for stop in STOPS]
+    ends = [completion.find(stop) for stop in stops]
     return completion[: min((end for end in ends if end >= 0), default=len(completion))]
 
 

@@ -13,10 +13,10 @@ import random
 import re
 from collections.abc import Sequence
 
-from ssmtune.tasks._catalogue import Column, Schema, catalogue, column_frequency, draw, slots
+from ssmtune.tasks._catalogue import LICENCE, Column, Schema, catalogue, column_frequency, draw, slots
 from ssmtune.tasks._headers import STYLES, abbreviated, camel, distinct, renamed, snake, title, words_of
 from ssmtune.tasks._values import value
-from ssmtune.tasks.base import Example, stop_text
+from ssmtune.tasks.base import STOPS, Example, Kind, stop_text
 
 INSTRUCTION = "Which schema does this table follow? Answer with the schema label only."
 
@@ -51,10 +51,14 @@ class Classification:
 
     name: str = "classification"
     version: int = 1
+    kind: Kind = "tables"
     primary: str = "exact"
     metrics: tuple[str, ...] = ("exact", "contains")
+    chance: float | None = 1 / 611
+    stops: tuple[str, ...] = STOPS
     max_new_tokens: int = 32
     full_size: int = sum(COUNTS.values())
+    licence: str = LICENCE
 
     def generate(self, size: float, seed: int) -> list[Example]:
         """Return `round(size * full_size)` examples over the schemas of that size, variations in proportion."""

@@ -12,7 +12,7 @@ import json
 import random
 
 from ssmtune.tasks._answers import first_object
-from ssmtune.tasks._catalogue import Schema, apportion, draw, slots
+from ssmtune.tasks._catalogue import LICENCE, Schema, apportion, draw, slots
 from ssmtune.tasks._headers import (
     STYLES,
     abbreviated,
@@ -28,7 +28,7 @@ from ssmtune.tasks._headers import (
     upper,
     words_of,
 )
-from ssmtune.tasks.base import Example
+from ssmtune.tasks.base import STOPS, Example, Kind
 
 INSTRUCTION = (
     "Map each file header to the expected column it stands for and list expected columns without one. Answer in JSON."
@@ -74,10 +74,14 @@ class Mapping:
 
     name: str = "mapping"
     version: int = 1
+    kind: Kind = "tables"
     primary: str = "mapping_accuracy"
     metrics: tuple[str, ...] = ("json_valid", "mapping_accuracy", "unmapped_accuracy")
+    chance: float | None = None
+    stops: tuple[str, ...] = STOPS
     max_new_tokens: int = 320
     full_size: int = FULL_SIZE
+    licence: str = LICENCE
 
     def generate(self, size: float, seed: int) -> list[Example]:
         """Return `round(size * full_size)` examples over the schemas of that size, scenarios in equal parts."""

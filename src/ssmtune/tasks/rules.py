@@ -19,9 +19,9 @@ import random
 from collections import Counter
 
 from ssmtune.tasks._answers import first_object, is_same
-from ssmtune.tasks._catalogue import Schema, draw, num_examples, schemas_at
+from ssmtune.tasks._catalogue import LICENCE, Schema, draw, num_examples, schemas_at
 from ssmtune.tasks._rule_patterns import PATTERNS, Pattern, RuleKind, is_sensitive, raised
-from ssmtune.tasks.base import Example
+from ssmtune.tasks.base import STOPS, Example, Kind
 
 INSTRUCTION = "Write a monitoring rule of the given pattern type for this schema. Answer in JSON."
 
@@ -38,10 +38,14 @@ class Rules:
 
     name: str = "rules"
     version: int = 1
+    kind: Kind = "tables"
     primary: str = "severity"
     metrics: tuple[str, ...] = ("json_valid", "all_fields", "severity", "label")
+    chance: float | None = None
+    stops: tuple[str, ...] = STOPS
     max_new_tokens: int = 256
     full_size: int = 611 * RULES_PER_SCHEMA
+    licence: str = LICENCE
 
     def generate(self, size: float, seed: int) -> list[Example]:
         """Return `round(size * full_size)` examples; a schema gets only patterns that one of its columns fits."""
