@@ -73,7 +73,7 @@ def run_demo(out: Path, *, on_message: Callable[[str], None] = print, progress: 
         name = f"V4 in llama.cpp, {GGUF_TYPE}"
         records.append(_evaluate(name, None, out, progress, model=str(merged), engine="llamacpp", gguf=gguf["file"]))
     page = write_report(
-        [r for r in find_records(out) if r["kind"] != "demo" and r.get("name") != "V4 merged"],
+        [r for r in find_records(out).values() if r["kind"] != "demo" and r.get("name") != "V4 merged"],
         out / "report.html",
         "ssmtune demo: document classification on tiny-granite-h",
     )
