@@ -50,8 +50,12 @@ class Browser:
             raise RuntimeError(f"{method}: {answer['error']}")
         return answer["result"]
 
-    def open(self, page: Path, *, width: int, height: int = 900, media: Mapping[str, str] | None = None) -> None:
-        """Load a page at a width of CSS pixels, `media` such as {"prefers-color-scheme": "dark"}, until it is drawn."""
+    def media(self, scheme: str) -> None:
+        """Show the page as "light" or "dark"."""
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def open(self, page: Path, *, width: int, height: int = 900) -> None:
+        """Load a page at a width of CSS pixels, until it is drawn."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -59,8 +63,6 @@ class Browser:
             deviceScaleFactor=1,
             mobile=width < 600,
         )
-        features = [{"name": name, "value": value} for name, value in (media or {}).items()]
-        self.call("Emulation.setEmulatedMedia", features=features)
         self.call("Page.navigate", url=page.resolve().as_uri())
         while (event := self._next()).get("method") != "Page.loadEventFired":
             self._note(event)
@@ -88,6 +90,10 @@ class Browser:
         answer = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(answer["data"]))
         return path
+
+    def close(self) -> None:
+        """Close this end of the pipe."""
+        self._answers.close()
 
     def _next(self) -> dict[str, Any]:
         payload = bytearray()
@@ -132,9 +138,13 @@ def running(program: str) -> Iterator[Browser]:
         )
         os.close(to_read)
         os.close(back_write)
+        started = None
         try:
-            yield Browser(to_write, back_read)
+            started = Browser(to_write, back_read)
+            yield started
         finally:
             process.terminate()
             process.wait(TIMEOUT_S)
             os.close(to_write)
+            if started is not None:
+                started.close()

@@ -310,6 +310,8 @@ def _full_cell(
     evaluations = [_full_evaluation(config, tested, num_examples) for tested in (task, *others)]
     status = "provisional" if run is not None and not run["verify"]["ok"] else "done"
     outcome = {"train": run, "evaluate": evaluations[0], "transfer": evaluations[1:], "tuned": rates}
+    if status == "provisional":
+        facts["error"] = "a stage ended as provisional"
     return _record("study_cell", config=config, status=status, **facts, **outcome)
 
 

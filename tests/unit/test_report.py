@@ -55,7 +55,7 @@ def test_every_section_is_there_and_every_link_leads_somewhere(page: str) -> Non
     # 3 forest, 6 accuracy, 3 budget, 3 loss, 3 coverage and 6 core plots.
     assert sum(i.startswith("plot-") for i in parsed.ids) == 24
     # Every section that is not empty says how to read it.
-    assert own(page).count("How to read this.") == 11
+    assert own(page).count("How to read this.") == 10
 
 
 def test_every_figure_has_a_table_of_its_numbers(page: str) -> None:

@@ -98,7 +98,7 @@ def collect(given: Iterable[Record], files: Sequence[str] = ()) -> Collection:
     """Return records by arm and panel. Study cells are opened; doubles count once; failed ones are listed."""
     sources = open_sources(given, files)
     kept = sorted((s for s in sources if s.record["kind"] in ("train", "evaluate")), key=lambda s: (s.task, s.run))
-    studies = [s for s in sources if s.record["kind"] == "study" and s.record["status"] in ("done", "provisional")]
+    studies = [s for s in sources if s.record["kind"] == "study" and s.status in ("done", "provisional")]
     present = list(dict.fromkeys(s.arm for s in kept))
     declared = [name for study in studies for name in study.record["config"].get("cells", {})]
     bases = list(dict.fromkeys(s.arm for s in kept if s.untrained))
@@ -107,10 +107,10 @@ def collect(given: Iterable[Record], files: Sequence[str] = ()) -> Collection:
     arms = {name: Arm(styles[name], name in bases) for name in names}
     reusing = {s.arm: str(s.config["reuse"]) for s in kept if s.config.get("reuse")}
     arms |= {name: replace(arms[name], reused=arms.get(source)) for name, source in reusing.items()}
-    evaluations = [s for s in kept if s.record["kind"] == "evaluate" and s.record["status"] == "done"]
+    evaluations = [s for s in kept if s.record["kind"] == "evaluate" and s.status == "done"]
     panels = _panels(evaluations, studies)
     for source in kept:
-        if source.record["kind"] == "train" and source.record["status"] in ("done", "provisional"):
+        if source.record["kind"] == "train" and source.status in ("done", "provisional"):
             arms[source.arm].train.append(source)
     for source in evaluations:
         for panel in panels.values():

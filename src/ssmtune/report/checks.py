@@ -122,7 +122,9 @@ def _check_row(
 
 def failures(collection: Collection) -> Section:
     """Every record that is not done, and every declared cell that was left out or never ran, listed and counted."""
-    rows = [_failure_row(source) for source in collection.sources if source.record.get("status", "done") != "done"]
+    # A cell that is not done is one failure, whatever records it holds.
+    whole = {s.anchor if s.cell is None else str(s.cell.get("digest")): s for s in reversed(collection.sources)}
+    rows = [_failure_row(source) for source in reversed(list(whole.values())) if source.status != "done"]
     known = {(row[1].text, row[2].text, row[3].text) for row in rows}
     for study in collection.studies:
         link = f"#{study.anchor}"
@@ -164,15 +166,15 @@ def _status(status: str) -> Cell:
 
 
 def _failure_row(source: Source) -> list[Cell]:
-    record = source.record
-    seed = record["config"].get("seed", "")
-    error = record.get("error") or (source.cell or {}).get("error") or _why(record)
+    record = source.record if source.cell is None else source.cell
+    config = record["config"]
+    error = record.get("error") or _why(source.record)
     return [
         Cell(record["kind"].replace("_", " "), record["kind"]),
-        Cell(str(record.get("name") or record["config"].get("recipe") or record["config"].get("run") or source.file)),
-        Cell(source.task),
-        Cell(str(seed), seed),
-        _status(record["status"]),
+        Cell(str(record.get("name") or config.get("recipe") or config.get("run") or source.file)),
+        Cell(source.task if source.cell is None else str(config["task"])),
+        Cell(str(config.get("seed", "")), config.get("seed")),
+        _status(source.status),
         Cell(str(error), href=f"#{source.anchor}"),
     ]
 

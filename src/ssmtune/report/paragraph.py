@@ -69,7 +69,7 @@ def _study(collection: Collection, study: Source) -> markupsafe.Markup:
 
 
 def _runs(collection: Collection) -> markupsafe.Markup:
-    runs, found = collection.of("train"), [s for s in collection.of("evaluate") if s.record["status"] == "done"]
+    runs, found = collection.of("train"), [s for s in collection.of("evaluate") if s.status == "done"]
     models = dict.fromkeys(str(s.record["config"].get("model")) for s in (*runs, *found))
     sentences = [
         f"{len(runs)} training runs and {len(found)} finished evaluations of {_listed(models)}",
@@ -87,6 +87,7 @@ def _arm(name: str, cell: Mapping[str, Any]) -> str:
     words = f"recipe {named}" if named else "not trained"
     if cell.get("reuse"):
         words = f"the runs of {cell['reuse']} without their core"
+    words += f", {cell['shots']} solved examples before each question" if cell.get("shots") else ""
     words += f", {len(cell['draws'])} placements drawn at random" if cell.get("draws") else ""
     words += f", on {_listed(cell['models'])}" if cell.get("models") else ""
     return f"{name} ({words})"
@@ -131,16 +132,14 @@ def _tuning(record: Record) -> str:
 
 
 def _evaluated(collection: Collection, config: Mapping[str, Any]) -> str:
-    counts = dict.fromkeys((s.task, len(s.record["example_ids"])) for s in collection.of("evaluate") if _is_done(s))
+    counts = dict.fromkeys(
+        (s.task, len(s.record["example_ids"])) for s in collection.of("evaluate") if s.status == "done"
+    )
     if not counts:
         return ""
     others = [t["name"] for t in config.get("transfer") or []]
     extra = f"; every trained arm also on {_listed(others)}, whichever of them it was not trained on" if others else ""
     return f"Evaluated on {_listed(f'{num:,} examples of {task}' for task, num in counts)}{extra}"
-
-
-def _is_done(source: Source) -> bool:
-    return bool(source.record["status"] == "done")
 
 
 def _adjustment(record: Record) -> str:

@@ -67,7 +67,7 @@ def facts(source: Source) -> dict[str, str]:
     return {
         "name": str(record.get("name") or record.get("digest") or record.get("run_id") or ""),
         "seed": " ".join(part for part in (str(source.seed if source.seed is not None else ""), _axes(source)) if part),
-        "status": str(record.get("status", "")),
+        "status": source.status if "status" in record else "",
         "created": str(record.get("created", "")),
         "took": text.seconds_text(record.get("seconds")),
         "memory": text.bytes_text(record.get("peak_memory_bytes")),

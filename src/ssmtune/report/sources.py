@@ -31,7 +31,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "verify": {"ok": bool, "checks": list},
     "preregistration": {"digest": str, "config": dict, "num_comparisons": int},
 }
-"""What the page reads of a record that is done, beside the head that all kinds share."""
+"""What the page reads of a record that is done or provisional, beside the head that all kinds share."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ class Source:
         """The id of the rows of its arm and task: where a number that averages over runs comes from."""
         names = [self.record["kind"], self.model, self.arm, self.task, self.trained_on]
         return f"records-{records.digest(names)}"
+
+    @property
+    def status(self) -> str:
+        """The record's status, or that of its cell where the cell is not done: then nothing in it counts."""
+        own = str(self.record.get("status", "done"))
+        return own if self.cell is None or self.cell["status"] == "done" else str(self.cell["status"])
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -160,7 +166,8 @@ def check_fields(record: Record, where: str) -> None:
         raise RecordError(f"{where}: is of kind {record.get('kind')!r}; {nearest(str(record.get('kind')), kinds)}.")
     kind = str(record["kind"])
     head = {} if kind == "preregistration" else HEAD
-    needed = {**head, **(FIELDS.get(kind, {}) if record.get("status", "done") == "done" else {})}
+    ended = record.get("status", "done") in ("done", "provisional")
+    needed = {**head, **(FIELDS.get(kind, {}) if ended else {})}
     for field, wanted in needed.items():
         value = record.get(field)
         if not isinstance(value, wanted):
