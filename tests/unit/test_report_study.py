@@ -19,8 +19,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import browser
-import synthetic_records as synthetic
+import synthetic_study as synthetic
 from parsed_page import Page, own
+from synthetic_records import evaluate_record, train_record
 
 from ssmtune.cli import main as cli
 from ssmtune.errors import RecordError
@@ -84,7 +85,7 @@ def test_every_figure_has_its_table_and_every_number_its_record(page: Page) -> N
 
 def test_panels_are_in_the_order_of_the_study(page: Page) -> None:
     results = [name for name in page.tables if name.startswith("results-")]
-    assert results == [f"results-{model}-{task}" for model in synthetic.FULL_MODELS for task in synthetic.FULL_TASKS]
+    assert results == [f"results-{model}-{task}" for model in synthetic.MODELS for task in synthetic.TRAINED]
 
 
 def test_transfer_and_forgetting_hold_both_bases(page: Page, full: list[dict[str, Any]]) -> None:
@@ -101,7 +102,7 @@ def test_transfer_and_forgetting_hold_both_bases(page: Page, full: list[dict[str
     assert row[rows[0].index("verdict")] == wanted["verdict"]
     transferred = page.tables["transfer"]
     assert {(r[2], r[3]) for r in transferred[1:]} == {
-        (a, b) for a in synthetic.FULL_TASKS for b in (a, *synthetic.FULL_TRANSFER)
+        (a, b) for a in synthetic.TRAINED for b in (a, *synthetic.TRANSFER)
     }
 
 
@@ -121,7 +122,7 @@ def test_scores_on_other_tasks_never_mix(full: list[dict[str, Any]], page: Page)
 
 
 def test_families_have_tables_of_their_own_and_chance_a_band(page: Page, full: list[dict[str, Any]]) -> None:
-    assert {f"comparisons-{family}" for family in synthetic.FULL_FAMILIES} <= set(page.tables)
+    assert {f"comparisons-{family}" for family in synthetic.FAMILIES} <= set(page.tables)
     rows = page.tables["comparisons-placement"]
     for c in full[-1]["comparisons"]:
         if c["family"] == "placement":
@@ -300,7 +301,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 def _bad(directory: Path, name: str) -> Path:
     """A place that holds no record to report, or a broken one."""
-    record = synthetic.evaluate_record("V2", "rules", 0, num_examples=20)
+    record = evaluate_record("V2", "rules", 0, num_examples=20)
     whole = json.dumps(record, indent=1)
     directory.mkdir()
     made = {
@@ -337,14 +338,14 @@ def test_bad_input_is_one_message_and_no_page(name: str, words: list[str], tmp_p
 
 
 def test_other_json_beside_records_is_passed_over(tmp_path: Path) -> None:
-    write_json(tmp_path / "run.json", synthetic.train_record("V2", "rules", 0))
+    write_json(tmp_path / "run.json", train_record("V2", "rules", 0))
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "rank": NaN}')
     (tmp_path / "broken.json").write_text('{"peft_type": ')
     assert list(find_records(tmp_path)) == [tmp_path / "run.json"]
 
 
 def test_a_page_and_its_tables_from_the_command_line(tmp_path: Path, run: Run) -> None:
-    write_json(tmp_path / "records" / "a.json", synthetic.evaluate_record("V2", "rules", 0, num_examples=20))
+    write_json(tmp_path / "records" / "a.json", evaluate_record("V2", "rules", 0, num_examples=20))
     code, err = run(str(tmp_path / "records" / "a.json"), "--tables", str(tmp_path / "tables"))
     assert code == 0 and "1 records" in err
     assert {path.name for path in (tmp_path / "records").iterdir()} == {"a.json", "a.html"}
