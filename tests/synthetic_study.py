@@ -50,7 +50,16 @@ def full_study(*, num_examples: int = 120) -> list[dict[str, Any]]:
         "minimum_detectable_effect": 0.06,
     }
     cells = [_cell(*axes, str(registration["digest"]), num_examples) for axes in _axes()]
-    return [registration, *cells, _record(cells, config, str(registration["digest"]))]
+    return [registration, *cells, *_tuning(), _record(cells, config, str(registration["digest"]))]
+
+
+def _tuning() -> list[dict[str, Any]]:
+    """The rates tried for one arm; at the last one training diverged."""
+    facts = {"name": "granite: attention", "task": "mapping", "seed": 100}
+    return [
+        _recorded("study_tuning", {**facts}, "done", **facts, rates={"learning_rate": rate}, validation_loss=loss)
+        for rate, loss in ((1e-3, 0.7), (3e-3, 0.5), (1e-1, None))
+    ]
 
 
 def _recorded(kind: str, config: dict[str, Any], status: str, **facts: Any) -> dict[str, Any]:

@@ -22,7 +22,17 @@ from ssmtune.errors import RecordError
 
 Status = Literal["done", "failed", "aborted", "provisional"]
 Kind = Literal[
-    "pretrain", "train", "verify", "evaluate", "study", "study_cell", "demo", "benchmark", "export", "synthetic"
+    "pretrain",
+    "train",
+    "verify",
+    "evaluate",
+    "study",
+    "study_cell",
+    "study_tuning",
+    "demo",
+    "benchmark",
+    "export",
+    "synthetic",
 ]
 
 STAMP = "COMMIT"

@@ -55,7 +55,7 @@ OPTIONS = {
     "adapters": {"directories", "json_output"},
     "diff": {"a", "b", "rows", "json_output"},
     "study": {"study_yaml", "devices", "dry_run", "json_output"},
-    "report": {"directory", "out", "title"},
+    "report": {"directory", "out", "title", "tables"},
     "doctor": {"leak", "device", "json_output"},
     "bench": {
         "model",

@@ -10,6 +10,7 @@ import re
 import sys
 import urllib.parse
 from collections.abc import Callable, Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,9 @@ def test_what_is_not_done_enters_no_result(page: Page) -> None:
 
 def test_the_methods_paragraph_says_what_the_records_hold(written: Path, full: list[dict[str, Any]]) -> None:
     html = own((written / "report.html").read_text())
-    paragraph = re.sub("<[^>]*>", "", html[html.index('id="title-methods"') : html.index('id="title-comparisons"')])
+    paragraph = unescape(
+        re.sub("<[^>]*>", "", html[html.index('id="title-methods"') : html.index('id="title-comparisons"')])
+    )
     registration, study = full[0], full[-1]
     for words in (
         "tiny-granite-h and zoo/tiny-falcon-h1 were fine-tuned on classification (outcome exact, size 0.1)",
@@ -193,7 +196,16 @@ def test_the_methods_paragraph_says_what_the_records_hold(written: Path, full: l
     ):
         assert words in paragraph, words
     effects = [m["effect"] for m in study["minimum_detectable_effect"] if m["task"] == "granite: mapping -> rules"]
-    assert f"granite: mapping -&gt; rules {100 * min(effects):.1f} pp to {100 * max(effects):.1f} pp" in paragraph
+    assert f"granite: mapping -> rules {100 * min(effects):.1f} pp to {100 * max(effects):.1f} pp" in paragraph
+
+
+def test_rates_that_were_tried_are_listed(page: Page) -> None:
+    rows = page.tables["tuning"]
+    assert [row[2:] for row in rows[1:]] == [
+        ["learning rate 0.001", "0.7", ""],
+        ["learning rate 0.003", "0.5", "chosen"],
+        ["learning rate 0.1", "diverged", ""],
+    ]
 
 
 def test_a_registration_that_came_late_or_is_another_study_s_is_called_so(

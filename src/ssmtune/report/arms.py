@@ -9,7 +9,7 @@ from typing import Any
 from ssmtune import stats
 from ssmtune.errors import RecordError
 from ssmtune.report import plots
-from ssmtune.report.sources import Record, Source, open_sources, records_of
+from ssmtune.report.sources import Record, Source, open_sources
 from ssmtune.report.tables import Cell
 from ssmtune.study import score_array
 
@@ -187,17 +187,28 @@ def base_comparisons(collection: Collection, base: Arm) -> Compared:
 
 
 def against(arm: Arm, base: Arm, panel: Panel) -> stats.Difference | None:
-    """The paired difference of two arms on their common runs; None where the two cannot be paired."""
-    sides = [list(one.evaluations.get(panel.name, [])) for one in (arm, base)]
+    """The paired difference of two arms on their common seeds; None where the two cannot be paired.
+
+    Runs of one seed (data orders, draws of a placement) are no further seeds: their mean is that seed's score.
+    """
+    sides = [_by_seed(one.evaluations.get(panel.name, [])) for one in (arm, base)]
     if not all(sides):
         return None
     if all(len(side) > 1 for side in sides):
-        common = {s.run for s in sides[0]} & {s.run for s in sides[1]}
-        sides = [[s for s in side if s.run in common] for side in sides]
-    own, other = (records_of(side) for side in sides)
-    if not own or not other or own[0]["example_ids"] != other[0]["example_ids"] or len(own[0]["example_ids"]) < 2:
+        common = set(sides[0]) & set(sides[1])
+        sides = [{seed: runs for seed, runs in side.items() if seed in common} for side in sides]
+    firsts = [next(iter(side.values()), [{}])[0].get("example_ids") for side in sides]
+    if not firsts[0] or firsts[0] != firsts[1] or len(firsts[0]) < 2:
         return None
     try:
-        return stats.paired_difference(score_array(own, panel.primary), score_array(other, panel.primary), seed=0)
+        scores = [[score_array(runs, panel.primary).mean(axis=0) for runs in side.values()] for side in sides]
     except RecordError:
         return None
+    return stats.paired_difference(scores[0], scores[1], seed=0)
+
+
+def _by_seed(evaluations: Sequence[Source]) -> dict[int | None, list[Record]]:
+    found: dict[int | None, list[Record]] = {}
+    for source in evaluations:
+        found.setdefault(source.seed, []).append(source.record)
+    return found

@@ -64,7 +64,10 @@ def _statuses(collection: Collection) -> list[list[Cell]]:
     for source, report in _reports(collection):
         groups.setdefault((source.model, source.arm, source.task), []).append((source, report))
     rows = []
-    for (model, name, task), runs in groups.items():
+    order = list(collection.arms)
+    for (model, name, task), runs in sorted(
+        groups.items(), key=lambda g: order.index(g[0][1]) if g[0][1] in order else -1
+    ):
         failed = [source for source, report in runs if report is not None and not report["ok"]]
         num_unseen = sum(report is None for _, report in runs)
         num_passed = len(runs) - len(failed) - num_unseen

@@ -159,7 +159,9 @@ def _words(record: Mapping[str, Any]) -> list[str]:
     counts = [f"{cells.get('done', 0)} of {cells['expected']} cells are done"]
     counts += [f"{len(record['failures'])} left out"] if record["failures"] else []
     counts += [f"{len(record['missing'])} not run"] if record["missing"] else []
-    counts += [f"attempts that failed before one succeeded: {n}"] if (n := record.get("num_failed_attempts")) else []
+    counts += (
+        [f"attempts that failed before the last of their cell: {n}"] if (n := record.get("num_failed_attempts")) else []
+    )
     if record.get("mixed_code"):
         counts.append(f"cells of {', '.join(record['mixed_code'])} ran different code and should be run again")
     return [f"{record['name']}: {'; '.join(counts)}."]

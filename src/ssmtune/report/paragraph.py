@@ -13,6 +13,7 @@ from ssmtune.report.arms import Collection
 from ssmtune.report.comparisons import is_share
 from ssmtune.report.sections import Section
 from ssmtune.report.sources import Record, Source
+from ssmtune.report.tables import Cell, Column, Table
 
 EXECUTION = ("output_dir", "workers", "retries")
 """Fields of a study that say how it was run, not what it is."""
@@ -42,9 +43,38 @@ def methods(collection: Collection) -> Section:
         "methods",
         "Methods",
         words=words,
+        tables=_tried(collection),
         how="These sentences are made from the records, and change with them.",
         empty="" if words else "No study and no run among these records.",
     )
+
+
+def _tried(collection: Collection) -> list[Table]:
+    """The rates that were tried before a study, with the validation loss of each; training that diverged has none."""
+    chosen = {
+        (t["name"], t["task"], tuple(sorted(t["rates"].items())))
+        for study in collection.studies
+        for t in study.record.get("tuned") or []
+    }
+    rows = []
+    for source in collection.of("study_tuning"):
+        record = source.record
+        rates = record.get("rates") or {}
+        key = (record.get("name"), source.task, tuple(sorted(rates.items())))
+        words = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in rates.items())
+        loss = record.get("validation_loss")
+        shown = "diverged" if loss is None and source.status == "done" else text.number_text(loss)
+        rows.append(
+            [
+                Cell(str(record.get("name") or ""), record.get("name")),
+                Cell(source.task, source.task),
+                Cell(words, words),
+                Cell(shown, loss, href=f"#{source.anchor}"),
+                Cell("chosen" if key in chosen else "", look="found"),
+            ]
+        )
+    columns = (Column("arm"), Column("task"), Column("rates"), Column("validation loss", num=True), Column("choice"))
+    return [Table("tuning", "Rates tried before the study", columns, rows)] if rows else []
 
 
 def _study(collection: Collection, study: Source) -> markupsafe.Markup:
