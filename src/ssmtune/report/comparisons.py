@@ -15,6 +15,17 @@ from ssmtune.report.sections import Figure, Figures, Section
 from ssmtune.report.sources import Record, Source
 from ssmtune.report.tables import Cell, Column, Table, file_name, plain
 
+HOW = (
+    "Each dot is a paired difference with its 95 % interval, in percentage points (pp) where the outcome is a share; right "
+    "of the dashed line the first-named arm scores higher. Grey and open: no difference was found. Resolvable is the true "
+    "difference that a repetition would find with a probability of 80 %; at most, where it is given, is what the true "
+    "difference does not exceed, either way, as far as the interval says."
+)
+HOW_CHANCE = (
+    "Orange band: where one more placement at random would fall, in 95 of 100 cases, around the mean of those drawn; the "
+    "interval of such a comparison holds their spread."
+)
+
 
 def comparisons(collection: Collection, figures: Figures) -> Section:
     """One forest plot per study, family and panel, with the band of placements at random where one was drawn."""
@@ -43,12 +54,9 @@ def comparisons(collection: Collection, figures: Figures) -> Section:
         words=words,
         tables=tables,
         figures=made,
-        how="Each dot is a paired difference with its 95 % interval, in percentage points (pp) where the outcome is a "
-        "share; right of the dashed line the first-named arm scores higher. Grey and open: no difference was found. "
-        "Orange band: where one more placement at random would fall, in 95 of 100 cases, around the mean of those "
-        "drawn; the interval of such a comparison holds their spread. Resolvable is the true difference that a "
-        "repetition would find with a probability of 80 %; at most is what the true difference does not exceed, "
-        "either way, as far as the interval says.",
+        how=f"{HOW} {HOW_CHANCE}"
+        if any(null_band(c) for s in collection.studies for c in s.record["comparisons"])
+        else HOW,
         empty="No declared comparison has data yet.",
     )
 
