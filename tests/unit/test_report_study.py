@@ -271,6 +271,7 @@ def test_a_benchmark_has_its_page(name: str, tmp_path: Path) -> None:
     rows = found.tables["speed"]
     ours = record["sides"]["ssmtune"]
     assert rows[1][:3] == [name.removesuffix(".json"), "ssmtune", f"{ours['tokens_per_s']:,.0f}"]
+    assert rows[1][3] == "" and len(record["runs"]["ssmtune"]) == 1
     assert rows[1][-2:] == [f"{ours['peak_memory_bytes'] / 2**30:.1f} GiB", f"{100 * record['floor']['share']:.0f} %"]
     parts = {(row[1], row[2]): row[3] for row in found.tables["speed-components"][1:]}
     for side, facts in record["sides"].items():
@@ -312,7 +313,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def _bad(directory: Path, name: str) -> Path:
-    """A place that holds no record to report, or a broken one."""
+    """A place that holds no record to report, or a broken one beside a whole one."""
     record = evaluate_record("V2", "rules", 0, num_examples=20)
     whole = json.dumps(record, indent=1)
     directory.mkdir()
@@ -326,6 +327,8 @@ def _bad(directory: Path, name: str) -> Path:
         "single": lambda: (directory / "cell.json").write_text("[1, 2]"),
     }
     made[name]()
+    if name in ("truncated", "packed", "field"):
+        write_json(directory / "whole.json", record)
     return directory / "cell.json" if name == "single" else directory
 
 
