@@ -15,7 +15,10 @@ def own(html: str) -> str:
 
 
 class Page(HTMLParser):
-    """A page read without a browser; `tables` are rows of texts, headings first, by the name of the table."""
+    """A page read without a browser; `tables` are rows of texts, headings first, by the name of the table.
+
+    `unlinked` are rows of tables without a link.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -26,7 +29,9 @@ class Page(HTMLParser):
         self.figures: list[tuple[str, list[str]]] = []
         self.tables: dict[str, list[list[str]]] = {}
         self.regions: list[dict[str, str | None]] = []
+        self.unlinked: list[str] = []
         self._rows: list[list[str]] | None = None
+        self._linked = True
         self._figure: list[str] | None = None
         self._text: list[str] | None = None
         self.feed(html)
@@ -47,12 +52,15 @@ class Page(HTMLParser):
             self.figures.append((found.get("aria-label") or "", self._figure))
         elif tag == "a":
             self.links.append(found.get("href") or "")
+            self._linked = True
             if self._figure is not None:
                 self._figure.append(self.links[-1])
         elif tag in ("script", "link", "img", "iframe"):
             self.resources += [found[key] or "" for key in ("src", "href") if key in found]
         elif tag == "tr" and self._rows is not None:
             self._rows.append([])
+            # The headings need no record.
+            self._linked = len(self._rows) == 1
         elif tag in ("td", "th") and self._rows is not None:
             self._text = []
         elif tag == "span" and found.get("aria-hidden") == "true" and self._text is not None:
@@ -68,6 +76,8 @@ class Page(HTMLParser):
         if tag in ("td", "th") and self._rows is not None and self._text is not None:
             self._rows[-1].append("".join(self._text))
             self._text = None
+        elif tag == "tr" and self._rows is not None and not self._linked:
+            self.unlinked.append(" ".join(self._rows[-1]))
         elif tag == "table":
             self._rows = None
         elif tag == "figure":

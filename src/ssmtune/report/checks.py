@@ -84,7 +84,7 @@ def _statuses(collection: Collection) -> list[list[Cell]]:
         )
     reusing = [s for s in collection.of("evaluate") if s.config.get("reuse")]
     for (model, name, task), source in {(s.model, s.arm, s.trained_on): s for s in reusing}.items():
-        note = Cell(f"evaluates the runs of {source.config['reuse']}", look="soft")
+        note = Cell(f"evaluates the runs of {source.config['reuse']}", href=f"#{source.group}", look="soft")
         rows.append([collection.key(name), Cell(f"{model}: {task}" if model else task), Cell("0", 0), note, Cell("")])
     return rows
 

@@ -58,7 +58,7 @@ def headline(collection: Collection, comparisons: Compared) -> Section:
         tables=tables,
         how="A difference is paired: the same examples, averaged over seeds. It is called higher or lower only when "
         "its interval excludes zero and the adjusted p is at most 0.05; anything else is no difference. "
-        "Each number links to the records that it was made from.",
+        "Each row links to the records that it was made from.",
         empty="No finished evaluation among these records; only those with status done enter this table.",
     )
 
