@@ -128,13 +128,13 @@ def budget(collection: Collection, figures: Figures) -> Section:
             if not (evaluations := arm.evaluations.get(panel.name)):
                 continue
             interval, _, _ = metric_interval(records_of(evaluations), metric)
-            planned = arm.plan(panel.model)
-            num = planned.record["plan"]["trainable"] if planned is not None else 0
+            size = None if arm.untrained else _size(arm, panel)
+            num = size[0]["trainable"] if size is not None else 0
             if arm is base:
                 level = interval.mean
             elif num > 0:
                 points.append(plots.Point(arm.style, num, interval.mean, interval.low, interval.high))
-            if arm is base or planned is not None:
+            if arm is base or size is not None:
                 rows.append(
                     [
                         Cell(panel.name, panel.name),
@@ -179,14 +179,26 @@ def trained(arm: Arm, panel: Panel) -> Cell:
     """Return how many parameters an arm trains, and their share of the model."""
     if arm.untrained:
         return Cell("0", 0)
-    planned = arm.plan(panel.model)
-    if planned is None:
+    found = _size(arm, panel)
+    if found is None:
         return Cell("not recorded", None)
-    plan = planned.record["plan"]
-    share = f"{100 * plan['trainable'] / plan['total']:.2g} %" + (
-        f", by {planned.arm}" if planned.arm != arm.name else ""
+    facts, source = found
+    share = f"{100 * facts['trainable'] / facts['total']:.2g} %" + (
+        f", by {source.arm}" if source.arm != arm.name else ""
     )
-    return Cell(f"{plan['trainable']:,} ({share})", plan["trainable"], href=origin([planned]))
+    return Cell(f"{facts['trainable']:,} ({share})", facts["trainable"], href=origin([source]))
+
+
+def _size(arm: Arm, panel: Panel) -> tuple[Mapping[str, Any], Source] | None:
+    """Trained and total parameters, and the record that says so: a plan, else what an evaluation knows of its run.
+
+    Of another engine, or of a merged model, there is no training record of that name.
+    """
+    planned = arm.plan(panel.model)
+    if planned is not None:
+        return planned.record["plan"], planned
+    told = next((s for s in arm.evaluations.get(panel.name, []) if s.record.get("trained")), None)
+    return None if told is None else (told.record["trained"], told)
 
 
 def _over(evaluations: Sequence[Source], over: str, num: int) -> Cell:
