@@ -194,3 +194,15 @@ def test_markdown_tables_and_their_place(study_record: dict[str, Any], tmp_path:
     assert update_generated(path, "results", body).read_text() == once
     with pytest.raises(ConfigError, match="generated:begin other"):
         update_generated(path, "other", body)
+
+
+def test_a_run_and_its_verify_record_count_once(tmp_path: Path) -> None:
+    """The record of `verify` stands beside the run's, which holds the same report; alone it is shown as well."""
+    run = synthetic.train_record("V4", "rules", 3)
+    facts = {"created": "", "config": {"run": run["run_id"]}, "environment": synthetic.ENVIRONMENT}
+    verified = {"kind": "verify", "status": "failed", "run_id": run["run_id"], **facts, **run["verify"]}
+    for given in ([run, verified], [{**run, "verify": None}, verified], [verified]):
+        tables = Page(own(write_report(given, tmp_path / "r.html", "r").read_text())).tables
+        assert [row[3] for row in tables["checks"][1:]] == ["0 of 1"] + 5 * ["1 of 1"]
+        assert [row[2:4] for row in tables["verified"][1:]] == [["1", "1 failed"]]
+        assert tables["failures"][-1][-1] == "verify: survives_export failed"

@@ -184,8 +184,8 @@ def _failure_row(source: Source) -> list[Cell]:
 
 def _why(record: Record) -> str:
     """The reason that a record implies where it states none."""
-    report = record.get("verify")
-    if report is not None and not report["ok"]:
+    report = record if record["kind"] == "verify" else record.get("verify")
+    if report is not None and report.get("checks") and not report["ok"]:
         return f"verify: {', '.join(check['name'] for check in report['checks'] if not check['ok'])} failed"
     if record.get("note"):
         return str(record["note"])
