@@ -72,10 +72,12 @@ def run_demo(out: Path, *, on_message: Callable[[str], None] = print, progress: 
     if gguf is not None:
         name = f"V4 in llama.cpp, {GGUF_TYPE}"
         records.append(_evaluate(name, None, out, progress, model=str(merged), engine="llamacpp", gguf=gguf["file"]))
+    found = {p: r for p, r in find_records(out).items() if r["kind"] != "demo" and r.get("name") != "V4 merged"}
     page = write_report(
-        [r for r in find_records(out) if r["kind"] != "demo" and r.get("name") != "V4 merged"],
+        found.values(),
         out / "report.html",
         "ssmtune demo: document classification on tiny-granite-h",
+        paths=list(found),
     )
     record |= {
         "status": "done",

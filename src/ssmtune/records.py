@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ssmtune.config import loads_strictly
 from ssmtune.errors import RecordError
@@ -162,23 +162,40 @@ def code_digest() -> str:
     return digest({str(path.relative_to(root)): file_sha256(path) for path in sorted(root.rglob("*.py"))})
 
 
-def find_records(directory: Path) -> list[dict[str, Any]]:
-    """Return every readable record below `directory`, in the order of their paths.
+def find_records(directory: Path) -> dict[Path, dict[str, Any]]:
+    """Return every record below `directory`, pre-registrations included, by its file, in the order of the paths.
 
-    Raises `RecordError` when there is none.
+    Other JSON is passed over. Raises `RecordError` when there is no record, or one that is cut off or damaged.
     """
-    found = []
+    if not directory.is_dir():
+        raise RecordError(f"{directory}: no such directory. Name one that holds records, or a single record.")
+    found, others = {}, []
     for path in sorted([*directory.rglob("*.json"), *directory.rglob("*.json.gz")]):
         try:
             record = read_record(path)
-        except RecordError:
+        except RecordError as error:
+            if _begins_as_record(path):
+                raise
+            others.append(str(error))
             continue
-        # A pre-registration has a kind but no outcome.
-        if "status" in record:
-            found.append(record)
+        if record["kind"] in (*get_args(Kind), "preregistration"):
+            found[path] = record
+        else:
+            others.append(f"{path}: is of kind {record['kind']!r}, which ssmtune does not write.")
     if not found:
-        raise RecordError(f"{directory}: holds no record. Train, evaluate or run a study there first.")
+        seen = f" ({len(others)} other JSON files, the first: {others[0]})" if others else ""
+        raise RecordError(f"{directory}: holds no record{seen}. Train, evaluate or run a study there first.")
     return found
+
+
+def _begins_as_record(path: Path) -> bool:
+    """Whether a file that cannot be read starts as `write_json` starts a record; a packed one may not even unpack."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            head = stream.read(64)
+    except (OSError, EOFError, zlib.error):
+        return path.suffix == ".gz"
+    return head.translate(None, b" \n\r\t").startswith(b'{"kind":') or (path.suffix == ".gz" and not head)
 
 
 def _git_state() -> tuple[str | None, bool]:

@@ -67,7 +67,9 @@ def cost_of(spec: CellSpec) -> Cost:
         rows = num_training_steps(config, num_rows) * config.rows_per_step * config.num_accumulated
         tokens = round(rows * num_tokens / num_rows)
     tasks = [] if spec.rates else [(spec.task, spec.size), *((task.name, task.size) for task in spec.transfer)]
-    questions = sum(min(spec.num_examples or sys.maxsize, _num_held_out(task, float(size), spec.directory)) for task, size in tasks)
+    questions = sum(
+        min(spec.num_examples or sys.maxsize, _num_held_out(task, float(size), spec.directory)) for task, size in tasks
+    )
     return Cost(tokens=tokens, questions=questions)
 
 
@@ -121,18 +123,12 @@ def _evaluate_config(spec: CellSpec, task: str, size: str) -> EvaluateConfig:
     run = spec.reuse_run or (spec.run_dir if spec.recipe is not None else None)
     return EvaluateConfig(
         model=spec.model,
-    names = sorted({task.name for task in (*config.tasks, *config.transfer)})
-    for name in names:
-        if isinstance(get_task(name), SidedTask):
-            trains = any(cell.recipe is not None or cell.shots for cell in config.cells.values())
-            sides: tuple[Side, ...] = ("train", "test") if trains else ("test",)
-            for side in sides:
-                inputs |= task_sources(name, side, config.directory)
-    return inputs | {f"task/{name}": str(get_task(name).version) for name in names}
-
-
-def _train_config(spec: CellSpec, tuned: dict[str, float]) -> TrainConfig:
-    data = {"task": spec.task, "size": float(spec.size), "directory": spec.directory, **spec.train.get("data", {})}
+        task=task,
+        size=float(size),
+        directory=spec.directory,
+        shots=spec.shots,
+        allow_execution=spec.allow_execution,
+        adapter=None if run is None else str(Path(run) / "adapter"),
         without_core=spec.reuse is not None,
         num_examples=spec.num_examples,
         batch_examples=512,

@@ -70,7 +70,7 @@ OPTIONS = {
         "dry_run",
         "json_output",
     },
-    "report": {"directory", "out", "title"},
+    "report": {"directory", "out", "title", "tables"},
     "doctor": {"leak", "device", "json_output"},
     "bench": {
         "model",

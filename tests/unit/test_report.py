@@ -5,44 +5,22 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import plotly.offline
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import synthetic_records as synthetic
+from parsed_page import Page, own
 
 from ssmtune import config as decoding
 from ssmtune import records, study
 from ssmtune.errors import ConfigError
 from ssmtune.report import plots, study_markdown, text, update_generated, write_report
 
-SECTIONS = ("headline", "accuracy", "loss", "coverage", "core", "verify", "samples", "provenance")
-
-
-class Page(HTMLParser):
-    """What the tests ask of a page: ids, links, resources and visible words."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.resources: list[str] = []
-        self.bold = 0
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        found = dict(attributes)
-        if found.get("id"):
-            self.ids.append(found["id"] or "")
-        if tag == "a":
-            self.links.append(found.get("href") or "")
-        elif tag in ("script", "link", "img", "iframe"):
-            self.resources += [found[key] or "" for key in ("src", "href") if key in found]
+SECTIONS = "headline methods accuracy budget loss coverage core verify failures samples provenance".split()
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +42,6 @@ def page(study_record: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
     return out.read_text()
 
 
-def own(html: str) -> str:
-    """The page without plotly's own code."""
-    code = plotly.offline.get_plotlyjs()
-    assert html.count(code) == 1
-    return html.replace(code, "")
-
-
 def test_same_records_same_bytes(page: str, study_record: dict[str, Any], tmp_path: Path) -> None:
     again = copy.deepcopy([*synthetic.run_records(), study_record])
     assert write_report(again, tmp_path / "again.html", "A title & more").read_text() == page
@@ -80,11 +51,20 @@ def test_every_section_is_there_and_every_link_leads_somewhere(page: str) -> Non
     parsed = Page(own(page))
     assert {*SECTIONS, "comparisons"} <= set(parsed.ids)
     assert len(parsed.ids) == len(set(parsed.ids))
-    assert all(link.startswith("#") and link[1:] in parsed.ids for link in parsed.links)
-    # 3 forest, 6 accuracy, 3 loss, 3 coverage and 6 core plots.
-    assert sum(i.startswith("plot-") for i in parsed.ids) == 21
-    # Each grid of plots, the headline, the checks and the samples say how to read them.
-    assert own(page).count("How to read this.") == 8
+    assert all(link.startswith("data:") or (link[:1] == "#" and link[1:] in parsed.ids) for link in parsed.links)
+    # 3 forest, 6 accuracy, 3 budget, 3 loss, 3 coverage and 6 core plots.
+    assert sum(i.startswith("plot-") for i in parsed.ids) == 24
+    # Every section that is not empty says how to read it.
+    assert own(page).count("How to read this.") == 10
+
+
+def test_every_figure_has_a_table_of_its_numbers(page: str) -> None:
+    parsed = Page(own(page))
+    assert len(parsed.figures) == 24
+    for title, links in parsed.figures:
+        twins = [parsed.tables[link.removeprefix("#table-")] for link in links]
+        assert len(twins) == 1 and len(twins[0]) > 1, title
+    assert all(len({len(row) for row in rows}) == 1 for rows in parsed.tables.values())
 
 
 def test_gates_of_branches_have_a_section_of_their_own(tmp_path: Path) -> None:
@@ -92,13 +72,13 @@ def test_gates_of_branches_have_a_section_of_their_own(tmp_path: Path) -> None:
     rows = [[{"layer": n, "block": "mlp", "mean_abs": size * (n + 1)} for n in range(3)] for size in (0.1, 0.3)]
     given = [{**synthetic.train_record("V2", "rules", seed), "gates": gates} for seed, gates in enumerate(rows)]
     html = own(write_report(given, tmp_path / "r.html", "r").read_text())
-    section = html[html.index('id="gates"') : html.index('id="verify"')]
+    section = html[html.index('<section id="gates"') : html.index('<section id="verify"')]
     assert section.count('id="plot-') == 1 and "mlp: gate" in section and "mean |gate|" in section
     style = plots.Style(name="V2", colour="#0000ff", symbol="circle")
     figure = plots.sizes_by_layer({"V2": [(0, 0.2), (1, 0.4)]}, {"V2": style}, axis="mean |gate|")
     assert list(figure.data[0].x) == [0, 1] and list(figure.data[0].y) == [0.2, 0.4]
     assert figure.layout.yaxis.range[0] == 0 and figure.layout.yaxis.range[1] > 0.4
-    assert 'id="gates"' not in write_report([given[0] | {"gates": []}], tmp_path / "n.html", "n").read_text()
+    assert '<section id="gates"' not in write_report([given[0] | {"gates": []}], tmp_path / "n.html", "n").read_text()
 
 
 def test_nothing_is_fetched(page: str) -> None:
@@ -134,10 +114,11 @@ def test_records_that_are_not_done_enter_no_table(status: str, tmp_path: Path) -
         {**r, "status": status} if r["name"] == "V4" else r for r in synthetic.run_records(seeds=(0,), num_examples=40)
     ]
     html = own(write_report(given, tmp_path / "r.html", "r").read_text())
-    headline = html[html.index('id="headline"') : html.index('id="accuracy"')]
-    tables = re.findall("<table>.*?</table>", headline, re.S)
-    assert tables and all("V4" not in table for table in tables)
-    assert f"V4 rules seed 0 ({status})" in headline
+    tables = Page(html).tables
+    results = [row for name, rows in tables.items() if name.startswith("results-") for row in rows]
+    assert results and not any("V4" in cell for row in results for cell in row)
+    assert [row[3:5] for row in tables["failures"] if row[:3] == ["evaluate", "V4", "rules"]] == [["0", status]]
+    assert len(tables["failures"]) == 1 + 6
 
 
 def _only(kind: str, name: str) -> list[dict[str, Any]]:
@@ -180,19 +161,22 @@ def test_failed_cell_is_listed(tmp_path: Path) -> None:
     failed = {"kind": "study_cell", "config": {"task": "rules", "seed": 1}, "environment": synthetic.ENVIRONMENT}
     failed |= {"name": "V9", "status": "failed", "error": "out of <memory>", "created": "2026-11-20"}
     html = write_report([failed], tmp_path / "r.html", "r").read_text()
-    assert "V9 rules seed 1 (failed)" in html and "out of &lt;memory&gt;" in html
+    assert ["study cell", "V9", "rules", "1", "failed", "out of <memory>"] in Page(own(html)).tables["failures"]
+    assert "1 failed" in html and "out of &lt;memory&gt;" in html
 
 
 def test_colours_belong_to_arms() -> None:
-    styles = plots.arm_styles(["base", "V1", "V2"], "base")
+    styles = plots.arm_styles(["base", "V1", "V2"], ["base"])
     assert styles["base"].colour == plots.BASE_COLOUR
-    assert plots.arm_styles(["V1", "V2"], "base")["V2"].colour == styles["V2"].colour
-    assert len({s.symbol for s in styles.values()}) == 3
+    assert plots.arm_styles(["V1", "V2"], [])["V2"].colour == styles["V2"].colour
+    assert len({s.symbol for s in styles.values()}) == len({s.glyph for s in styles.values()}) == 3
 
 
 def test_numbers_are_written_sensibly() -> None:
     assert text.difference_text(-0.0123, percent=True) == "\N{MINUS SIGN}1.2 pp"
     assert text.interval_text(-0.01, 0.02, percent=True, signed=True) == "[\N{MINUS SIGN}1.0, +2.0]"
+    assert text.difference_text(-0.0004, percent=True) == "0.0 pp"
+    assert text.interval_text(-0.0004, 0.01, percent=True, signed=True) == "[0.0, +1.0]"
     assert [text.number_text(v) for v in (3.14159, 2.4e-6, 12345, 0, None)] == ["3.14", "2.4e-6", "12,345", "0", ""]
     assert [text.p_text(v) for v in (0.0002, 0.0577, None)] == ["< 0.001", "0.058", ""]
 
@@ -210,3 +194,15 @@ def test_markdown_tables_and_their_place(study_record: dict[str, Any], tmp_path:
     assert update_generated(path, "results", body).read_text() == once
     with pytest.raises(ConfigError, match="generated:begin other"):
         update_generated(path, "other", body)
+
+
+def test_a_run_and_its_verify_record_count_once(tmp_path: Path) -> None:
+    """The record of `verify` stands beside the run's, which holds the same report; alone it is shown as well."""
+    run = synthetic.train_record("V4", "rules", 3)
+    facts = {"created": "", "config": {"run": run["run_id"]}, "environment": synthetic.ENVIRONMENT}
+    verified = {"kind": "verify", "status": "failed", "run_id": run["run_id"], **facts, **run["verify"]}
+    for given in ([run, verified], [{**run, "verify": None}, verified], [verified]):
+        tables = Page(own(write_report(given, tmp_path / "r.html", "r").read_text())).tables
+        assert [row[3] for row in tables["checks"][1:]] == ["0 of 1"] + 5 * ["1 of 1"]
+        assert [row[2:4] for row in tables["verified"][1:]] == [["1", "1 failed"]]
+        assert tables["failures"][-1][-1] == "verify: survives_export failed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -13,10 +13,26 @@ BASE_COLOUR = "#808080"
 COLOURS = ("#2f7fc1", "#d55e00", "#159a73", "#b5569a", "#b8860b", "#3aa6c9", "#7a5fc7")
 """Told apart with the common colour-vision deficiencies, and at least 3:1 on a white and on a near-black page."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "x")
+BASE_SYMBOLS = ("circle", "hexagon", "x")
+GLYPHS = dict(
+    zip(
+        SYMBOLS,
+        (
+            "\N{BLACK CIRCLE}",
+            "\N{BLACK SQUARE}",
+            "\N{BLACK DIAMOND}",
+            "\N{BLACK UP-POINTING TRIANGLE}",
+            "\N{HEAVY GREEK CROSS}",
+            "\N{BLACK STAR}",
+            "\N{BLACK HEXAGON}",
+            "\N{HEAVY MULTIPLICATION X}",
+        ),
+        strict=True,
+    )
+)
+"""The marks as characters: an arm is told by its form too, never by its colour alone."""
 INK, GRID = "#3a3f47", "rgba(128,128,128,0.22)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
-GROUPS = ("attention", "recurrent", "mlp", "core", "conv", "norm", "embedding")
-COVERAGE_SCALE = ((0.0, "#d5dae1"), (0.001, "#b4cfe8"), (1.0, "#1f6fb2"))
 MAX_POINTS = 300
 
 
@@ -28,14 +44,20 @@ class Style:
     colour: str
     symbol: str
 
+    @property
+    def glyph(self) -> str:
+        """The arm's mark as a character, for text."""
+        return GLYPHS[self.symbol]
 
-def arm_styles(names: Sequence[str], base: str | None) -> dict[str, Style]:
-    """Return a style per arm: grey for the base, the palette in order for the others."""
-    others = [name for name in names if name != base]
+
+def arm_styles(names: Sequence[str], bases: Sequence[str]) -> dict[str, Style]:
+    """Return a style per arm: greys for the bases, the palette in order for the others."""
+    others = [name for name in names if name not in bases]
     styles = {
         name: Style(name, COLOURS[i % len(COLOURS)], SYMBOLS[(i + 1) % len(SYMBOLS)]) for i, name in enumerate(others)
     }
-    return {name: styles.get(name, Style(name, BASE_COLOUR, SYMBOLS[0])) for name in names}
+    greys = {name: Style(name, BASE_COLOUR, BASE_SYMBOLS[i % len(BASE_SYMBOLS)]) for i, name in enumerate(bases)}
+    return {name: (styles | greys)[name] for name in names}
 
 
 @dataclass(frozen=True)
@@ -60,15 +82,14 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Effect:
-    """One row of the forest plot: a paired difference with its interval."""
+class Point:
+    """One arm of the budget figure: how many parameters it trains, and its mean with the interval."""
 
-    label: str
-    difference: float
-    low: float
-    high: float
-    differs: bool
-    text: str
+    style: Style
+    num: int
+    mean: float
+    low: float | None
+    high: float | None
 
 
 def loss_curves(curves: Sequence[Curve]) -> Any:
@@ -79,17 +100,17 @@ def loss_curves(curves: Sequence[Curve]) -> Any:
         if curve.train:
             x, y = zip(*_thinned(curve.train), strict=True)
             figure.add_scatter(x=x, y=y, mode="lines", line={"color": curve.style.colour, "width": 1}, opacity=0.45)
-            _name_last(figure, f"{curve.style.name}, train")
+            name_last(figure, f"{curve.style.name}, train")
         if curve.evaluation:
             x, y = zip(*curve.evaluation, strict=True)
             marker = {"symbol": curve.style.symbol, "size": 6, "color": curve.style.colour}
             line = {"color": curve.style.colour, "width": 2}
             figure.add_scatter(x=x, y=y, mode="lines+markers", line=line, marker=marker)
-            _name_last(figure, f"{curve.style.name}, evaluation")
+            name_last(figure, f"{curve.style.name}, evaluation")
         points = curve.evaluation or curve.train
         if points:
-            ends.append((points[-1][0], points[-1][1], curve.style.name, curve.style.colour))
-    _finish(figure, height=300, x_title="step", y_title="loss (nats per token)")
+            ends.append((points[-1][0], points[-1][1], curve.style))
+    finish(figure, height=300, x_title="step", y_title="loss (nats per token)")
     values = [y for curve in curves for _, y in (*curve.train, *curve.evaluation)]
     if values:
         _end_labels(figure, ends, span=(min(values), max(values)), height=300)
@@ -112,19 +133,19 @@ def dot_intervals(dots: Sequence[Dot], *, axis: str, percent: bool) -> Any:
                 "line": {"width": 1.5, "color": colour},
             }
             figure.add_scatter(x=list(dot.values), y=[name] * len(dot.values), mode="markers", marker=marker)
-            _name_last(figure, f"{name}, single seeds")
+            name_last(figure, f"{name}, single seeds")
         figure.add_scatter(
             x=[low, high], y=[name, name], mode="lines", line={"color": colour, "width": 2.5}, hoverinfo="skip"
         )
         figure.add_scatter(
             x=[dot.mean], y=[name], mode="markers", marker={"color": colour, "size": 11, "symbol": dot.style.symbol}
         )
-        _name_last(figure, name)
+        name_last(figure, name)
         reach = max([high, *dot.values])
         figure.add_scatter(
             x=[reach], y=[name], mode="text", text=[f"  {dot.label}"], textposition="middle right", hoverinfo="skip"
         )
-    _finish(figure, height=78 + 34 * len(dots), x_title=axis, y_title=None)
+    finish(figure, height=78 + 34 * len(dots), x_title=axis, y_title=None)
     ends = [v for dot in dots for v in (dot.low, dot.high, dot.mean, *dot.values) if v is not None]
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
     room = (high - low) or abs(high) or 1.0
@@ -141,39 +162,6 @@ def dot_intervals(dots: Sequence[Dot], *, axis: str, percent: bool) -> Any:
     return figure
 
 
-def coverage_map(coverage: Sequence[Mapping[str, Any]]) -> Any:
-    """Heat map of layers by component group: the share of sites that are adapted; blank where a layer has none."""
-    known = [group for group in GROUPS if any(row["group"] == group for row in coverage)]
-    groups = known + sorted({row["group"] for row in coverage} - set(GROUPS))
-    layers = sorted({int(row["layer"]) for row in coverage})
-    sites = {(row["group"], int(row["layer"])): (int(row["adapted"]), int(row["sites"])) for row in coverage}
-    share: list[list[float | None]] = []
-    words: list[list[str]] = []
-    for group in groups:
-        cells = [sites.get((group, layer), (0, 0)) for layer in layers]
-        share.append([adapted / num if num else None for adapted, num in cells])
-        words.append([f"layer {layer}, {group}: {a} of {n} sites" for layer, (a, n) in zip(layers, cells, strict=True)])
-    figure = go.Figure()
-    figure.add_heatmap(
-        x=layers,
-        y=groups,
-        z=share,
-        text=words,
-        hovertemplate="%{text}<extra></extra>",
-        zmin=0,
-        zmax=1,
-        colorscale=[list(stop) for stop in COVERAGE_SCALE],
-        showscale=False,
-        xgap=2,
-        ygap=2,
-        hoverongaps=False,
-    )
-    _finish(figure, height=82 + 26 * len(groups), x_title="layer", y_title=None)
-    figure.update_xaxes(showgrid=False, dtick=max(1, len(layers) // 10), tick0=layers[0] if layers else 0)
-    figure.update_yaxes(showgrid=False, autorange="reversed", ticksuffix="  ")
-    return figure
-
-
 def core_shares(rows: Mapping[str, Sequence[tuple[int, float, float]]], styles: Mapping[str, Style]) -> Any:
     """Per layer: the share of elements that moved (filled) and that still differ after rounding to bf16 (open)."""
     figure = go.Figure()
@@ -187,9 +175,9 @@ def core_shares(rows: Mapping[str, Sequence[tuple[int, float, float]]], styles: 
             marker = {"symbol": style.symbol + suffix, "size": 7, "color": style.colour}
             line = {"color": style.colour, "width": 1.5, "dash": dash}
             figure.add_scatter(x=layers, y=y, mode="lines+markers", marker=marker, line=line, cliponaxis=False)
-            _name_last(figure, f"{arm}, {word}")
-            ends.append((layers[-1], y[-1], prefix(arm, word), style.colour))
-    _finish(figure, height=240, x_title="layer", y_title="share of elements")
+            name_last(figure, f"{arm}, {word}")
+            ends.append((layers[-1], y[-1], replace(style, name=prefix(arm, word))))
+    finish(figure, height=240, x_title="layer", y_title="share of elements")
     figure.update_yaxes(range=[-0.04, 1.06], tickformat=".0%", nticks=5)
     _end_labels(figure, ends, span=(-0.04, 1.06), height=240)
     return figure
@@ -204,51 +192,43 @@ def sizes_by_layer(rows: Mapping[str, Sequence[tuple[int, float]]], styles: Mapp
         x, y = zip(*points, strict=True)
         marker = {"symbol": style.symbol, "size": 7, "color": style.colour}
         figure.add_scatter(x=x, y=y, mode="lines+markers", marker=marker, line={"color": style.colour, "width": 1.5})
-        _name_last(figure, arm)
-        ends.append((x[-1], y[-1], arm, style.colour))
-    _finish(figure, height=240, x_title="layer", y_title=axis)
+        name_last(figure, arm)
+        ends.append((x[-1], y[-1], style))
+    finish(figure, height=240, x_title="layer", y_title=axis)
     top = max((y for points in rows.values() for _, y in points), default=1.0) or 1.0
     figure.update_yaxes(range=[0, 1.12 * top], exponentformat="e", nticks=5)
     _end_labels(figure, ends, span=(0.0, 1.12 * top), height=240)
     return figure
 
 
-def forest(effects: Sequence[Effect], *, axis: str, percent: bool) -> Any:
-    """Paired differences with intervals, one row each; filled where a difference was found, open where it was not."""
+def budget(points: Sequence[Point], *, level: float | None, axis: str, percent: bool) -> Any:
+    """Means with intervals against trained parameters on a logarithmic axis; `level` is the base, a dashed line."""
     figure = go.Figure()
-    for effect in effects:
-        colour = COLOURS[0] if effect.differs else BASE_COLOUR
-        y = [effect.label, effect.label]
-        figure.add_scatter(
-            x=[effect.low, effect.high], y=y, mode="lines", line={"color": colour, "width": 2.5}, hoverinfo="skip"
-        )
-        marker = {
-            "color": colour,
-            "size": 10,
-            "symbol": "circle" if effect.differs else "circle-open",
-            "line": {"width": 2, "color": colour},
-        }
-        figure.add_scatter(x=[effect.difference], y=[effect.label], mode="markers", marker=marker)
-        _name_last(figure, effect.text)
-        figure.add_scatter(
-            x=[max(effect.high, 0.0)],
-            y=[effect.label],
-            mode="text",
-            text=[f"  {effect.text}"],
-            textposition="middle right",
-            hoverinfo="skip",
-        )
-    _finish(figure, height=78 + 32 * len(effects), x_title=axis, y_title=None)
-    low, high = min(0.0, *(e.low for e in effects)), max(0.0, *(e.high for e in effects))
-    room = (high - low) or 1.0
-    figure.update_xaxes(range=[low - 0.06 * room, high + 0.42 * room], tickformat=".0%" if percent else None, nticks=6)
-    figure.update_yaxes(categoryorder="array", categoryarray=[e.label for e in reversed(effects)], showgrid=False)
-    figure.update_yaxes(range=[-0.6, len(effects) - 0.4])
-    figure.add_vline(x=0, line={"color": BASE_COLOUR, "width": 1, "dash": "dash"})
+    for point in points:
+        colour, x = point.style.colour, point.num
+        if point.low is not None and point.high is not None:
+            line = {"color": colour, "width": 2.5}
+            figure.add_scatter(x=[x, x], y=[point.low, point.high], mode="lines", line=line, hoverinfo="skip")
+        marker = {"color": colour, "size": 11, "symbol": point.style.symbol}
+        figure.add_scatter(x=[x], y=[point.mean], mode="markers", marker=marker)
+        name_last(figure, point.style.name)
+    finish(figure, height=300, x_title="trained parameters", y_title=axis)
+    ends = [v for p in points for v in (p.low, p.high, p.mean) if v is not None]
+    ends += [] if level is None else [level]
+    room = (max(ends) - min(ends)) or abs(ends[0]) or 1.0
+    span = (min(ends) - 0.06 * room, max(ends) + 0.06 * room)
+    figure.update_yaxes(range=list(span), tickformat=".0%" if percent else None, nticks=6)
+    small, large = (math.log10(pick(p.num for p in points)) for pick in (min, max))
+    # A whole factor of ten at least, so that the axis has ticks to read.
+    figure.update_xaxes(type="log", range=[math.floor(small - 0.05), math.ceil(large + 0.05)], dtick=1)
+    if level is not None:
+        figure.add_hline(y=level, line={"color": BASE_COLOUR, "width": 1.5, "dash": "dash"})
+    _end_labels(figure, [(p.num, p.mean, p.style) for p in points], span=span, height=300)
     return figure
 
 
-def _name_last(figure: Any, name: str) -> None:
+def name_last(figure: Any, name: str) -> None:
+    """Give the trace added last a name, which hovering shows beside its values."""
     figure.data[-1].update(name=name, hovertemplate="%{x}, %{y}<extra>" + name + "</extra>")
 
 
@@ -258,24 +238,30 @@ def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, flo
 
 
 def _end_labels(
-    figure: Any, ends: Sequence[tuple[float, float, str, str]], *, span: tuple[float, float], height: int
+    figure: Any, ends: Sequence[tuple[float, float, Style]], *, span: tuple[float, float], height: int
 ) -> None:
-    """Write each name right of its line's end, moved apart where two would overlap."""
+    """Write each mark and name right of its line's end, moved apart where two would overlap."""
     low, high = span
     gap = 16 / (height - 80) * ((high - low) or 1.0)
+    ordered = sorted(ends, key=lambda end: end[1])
     placed: list[float] = []
-    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        at = max(y, placed[-1] + gap) if placed else y
-        placed.append(at)
-        font = {"color": colour, "size": 12}
+    for _, y, _ in ordered:
+        placed.append(max(y, placed[-1] + gap) if placed else y)
+    # Moved down again where the names would leave the figure at its top.
+    for i in range(len(placed) - 1, -1, -1):
+        placed[i] = min(placed[i], (placed[i + 1] - gap) if i + 1 < len(placed) else high)
+    for (x, _, style), at in zip(ordered, placed, strict=True):
+        font = {"color": style.colour, "size": 12}
+        name = f"{style.glyph} {style.name}"
         figure.add_annotation(
             x=1, xref="paper", y=at, text=name, showarrow=False, xanchor="left", xshift=4, font=font, name=f"end {x}"
         )
-    longest = max((len(end[2]) for end in ends), default=0)
-    figure.update_layout(margin_r=14 + 8 * longest)
+    longest = max((len(end[2].name) for end in ends), default=0)
+    figure.update_layout(margin_r=30 + 8 * longest)
 
 
-def _finish(figure: Any, *, height: int, x_title: str | None, y_title: str | None) -> None:
+def finish(figure: Any, *, height: int, x_title: str | None, y_title: str | None) -> None:
+    """Give `figure` the look that all figures share: no colours of the page's own, room for labels, no dragging."""
     figure.update_layout(
         template="none",
         height=height,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 
@@ -18,19 +17,18 @@ def interval_text(low: float | None, high: float | None, *, percent: bool, signe
         return ""
     scale, sign = (100.0 if percent else 1.0), ("+" if signed else "")
     digits = ".1f" if percent else ".3g"
-    return f"[{minus(f'{scale * low:{sign}{digits}}')}, {minus(f'{scale * high:{sign}{digits}}')}]"
+    bounds = (minus(_unsigned_zero(f"{scale * bound:{sign}{digits}}")) for bound in (low, high))
+    return f"[{', '.join(bounds)}]"
 
 
 def difference_text(value: float, *, percent: bool) -> str:
     """Return a signed difference, in percentage points when the metric is a share."""
-    return minus(f"{100 * value:+.1f} pp" if percent else f"{value:+.3g}")
+    return minus(_unsigned_zero(f"{100 * value:+.1f} pp" if percent else f"{value:+.3g}"))
 
 
-def effect_text(comparison: Mapping[str, Any], *, percent: bool) -> str:
-    """Return difference, interval and, where nothing was found, that there is no difference."""
-    interval = interval_text(comparison["low"], comparison["high"], percent=percent, signed=True)
-    text = f"{difference_text(comparison['difference'], percent=percent)} {interval}"
-    return text if comparison["verdict"] != "no difference" else f"{text} no difference"
+def size_text(value: float, *, percent: bool) -> str:
+    """Return the size of a difference, without a sign."""
+    return f"{100 * value:.1f} pp" if percent else f"{value:.3g}"
 
 
 def p_text(value: float | None) -> str:
@@ -70,6 +68,10 @@ def seconds_text(value: float | None) -> str:
     if value < 120:
         return f"{value:.0f} s"
     return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def _unsigned_zero(text: str) -> str:
+    return text[1:] if text[:1] in ("+", "-") and not any(digit in text for digit in "123456789") else text
 
 
 def minus(text: str) -> str:
