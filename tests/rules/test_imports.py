@@ -31,7 +31,7 @@ ORDER = (
         "checkpoint",
     },
     {"ops"},
-    {"families", "methods", "tasks", "data", "models", "s4d_model", "llamacpp"},
+    {"families", "methods", "tasks", "data", "models", "s4d_model", "parallel_gated_delta_model", "llamacpp"},
     {"operations", "virtual_tokens", "base_digest", "base_tensors", "branches", "weight_units", "rounding"},
     {"inventory", "probe"},
     {"placement", "budget"},
