@@ -276,7 +276,9 @@ def check_neutral(config: Any) -> None:
     if LAYERS[config.model_type] is named_layer and config.model_type != "llama":
         heads = config.linear_num_key_heads, config.linear_num_value_heads
         if heads[0] != heads[1]:
-            raise ConfigError(f"linear_num_key_heads, linear_num_value_heads: got {heads}; the sisters have equal numbers.")
+            raise ConfigError(
+                f"linear_num_key_heads, linear_num_value_heads: got {heads}; the sisters have equal numbers."
+            )
         rotary = config.rope_parameters.get("partial_rotary_factor", 1.0)
         if rotary != 1.0:
             raise ConfigError(f"partial_rotary_factor: got {rotary}; the sisters rotate all channels (1.0).")

@@ -36,7 +36,13 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 from train_tokenizer import END_OF_TEXT, read_conversations, read_documents
-from transformers import AutoTokenizer, GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from ssmtune.errors import ConfigError, DataError, TrainingFailed, nearest
 from ssmtune.records import file_sha256, new_record, write_json

@@ -181,7 +181,9 @@ def fit(
             progress.num_steps = agreed_steps(
                 num_steps, progress.speeds, max_seconds=max_seconds, warmup_steps=config.warmup_steps
             )
-            print(f"agreed on {progress.num_steps} steps of {num_steps}; seconds per step {progress.speeds}", flush=True)
+            print(
+                f"agreed on {progress.num_steps} steps of {num_steps}; seconds per step {progress.speeds}", flush=True
+            )
             excluded_s += time.perf_counter() - paused
         elapsed = time.perf_counter() - started - excluded_s
         if max_seconds is not None and elapsed > OVERTIME * max_seconds:
@@ -218,9 +220,7 @@ def fit(
         now = time.perf_counter()
         if now - last_log > LOG_INTERVAL_S and progress.curve:
             speed = (progress.steps_taken - steps_logged) * rows[:, 1:].numel() / (now - last_log)
-            print(
-                f"{share:6.1%} step {step} loss {progress.curve[-1][1]:.4f} {speed / 1e6:.3f} M tokens/s", flush=True
-            )
+            print(f"{share:6.1%} step {step} loss {progress.curve[-1][1]:.4f} {speed / 1e6:.3f} M tokens/s", flush=True)
             last_log, steps_logged = now, progress.steps_taken
     if reading is not None:
         _note_loss(progress, reading())
@@ -257,7 +257,9 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     manifest = _read_manifest(data_path / MANIFEST)
     if manifest.get("tokenizer_sha256") != file_sha256(tokenizer_path / "tokenizer.json"):
-        raise DataError(f"{data_path}: packed with another tokenizer than {tokenizer_path}. Run 'pretrain.py pack' again.")
+        raise DataError(
+            f"{data_path}: packed with another tokenizer than {tokenizer_path}. Run 'pretrain.py pack' again."
+        )
     arrays = {part: read_tokens(data_path, entry) for part, entry in manifest["arrays"].items()}
     streams = {
         part: WindowStream(arrays[part], length=config.sequence_length, seed=config.seed, device=device)

@@ -555,6 +555,22 @@ def merge_cost() -> str:
     return table(["", "GB", "seconds", "processor seconds", "peak resident memory, GB"], rows) + "\n\n" + words
 
 
+def claims() -> str:
+    """Every claim of the published works with what our records say of it."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from claims import claims_markdown
+
+    return claims_markdown()
+
+
+def sisters() -> str:
+    """The matched sisters: sizes from their configs, figures from their pretraining records."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from sisters_table import sisters_markdown
+
+    return sisters_markdown()
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"headline": study_headline, "families": families_by_kind},
     "docs/families.md": {"families": families, "roles": roles},
@@ -571,6 +587,8 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "cpu": bench_cpu,
         "cpu-memory": bench_cpu_memory,
     },
+    "docs/claims.md": {"claims": claims},
+    "docs/matched-sisters.md": {"sisters": sisters},
     "docs/studies/s4-regression.md": {
         "setup": s4_setup,
         "arms": s4_arms,

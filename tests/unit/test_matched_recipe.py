@@ -52,7 +52,13 @@ def micro(name: str) -> pretrain.PretrainConfig:
     model = SISTERS[name].model
     small = {key: value for key, value in MICRO.items() if key in model}
     return dataclasses.replace(
-        SISTERS[name], model=model | small, sequence_length=24, batch_rows=4, warmup_steps=1, ssd_chunk=8, sample_tokens=2
+        SISTERS[name],
+        model=model | small,
+        sequence_length=24,
+        batch_rows=4,
+        warmup_steps=1,
+        ssd_chunk=8,
+        sample_tokens=2,
     )
 
 
