@@ -571,6 +571,19 @@ def sisters() -> str:
     return sisters_markdown()
 
 
+def study_table(name: str) -> Callable[[], str]:
+    """The table `name` of `recipes/study_tables.py`."""
+
+    def render() -> str:
+        sys.path.insert(0, str(ROOT / "recipes"))
+        import study_tables
+
+        text: str = vars(study_tables)[name]()
+        return text
+
+    return render
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"headline": study_headline, "families": families_by_kind},
     "docs/families.md": {"families": families, "roles": roles},
@@ -589,6 +602,17 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/claims.md": {"claims": claims},
     "docs/matched-sisters.md": {"sisters": sisters},
+    "docs/studies/placement.md": {
+        "arms": study_table("placement_arms"),
+        "transfer": study_table("placement_transfer"),
+        "comparisons": study_table("placement_comparisons"),
+    },
+    "docs/studies/methods.md": {
+        "arms": study_table("methods_arms"),
+        "comparisons": study_table("methods_comparisons"),
+        "side-effects": study_table("side_effects_means"),
+        "side-effect-comparisons": study_table("side_effects_comparisons"),
+    },
     "docs/studies/s4-regression.md": {
         "setup": s4_setup,
         "arms": s4_arms,
