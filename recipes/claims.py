@@ -55,9 +55,12 @@ class Claim:
 
 
 def says(row: Mapping[str, Any], expected: Says, margin: float) -> bool:
-    """Whether one comparison says what is expected, by its interval and its adjusted p."""
+    """Whether one comparison says what is expected, by its interval and its adjusted p.
+
+    Two arms that score the same on every example and seed have learned nothing, or all there is: that says nothing.
+    """
     if expected == "equal":
-        return bool(max(abs(row["low"]), abs(row["high"])) < margin)
+        return bool(row["standard_error"] > 0 and max(abs(row["low"]), abs(row["high"])) < margin)
     if expected == "no higher":
         return bool(direction(row) != "higher")
     return direction(row) == expected

@@ -40,6 +40,8 @@ HIGHER, LOWER, OPEN, SMALL = row(0.1, 0.2), row(-0.2, -0.1), row(-0.1, 0.1, 0.8)
         # Resolved, and yet within the margin: that it differs does not matter.
         ([row(0.01, 0.03)], "equal", "replicated"),
         ([HIGHER], "equal", "not replicated: the opposite in 1 of 1"),
+        # Both arms at the floor.
+        ([row(0.0, 0.0, 1.0)], "equal", "not replicated: nothing resolved"),
         ([OPEN, LOWER], "no higher", "replicated"),
         ([HIGHER], "no higher", "not replicated: the opposite in 1 of 1"),
         ([], "higher", "not run"),
