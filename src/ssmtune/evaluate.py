@@ -67,8 +67,8 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]:
     """Return the evaluate record: metrics, one score per example and metric, samples, share of answers that stopped.
 
-    Answers are greedy. The weights are the base's in fp32 with the adapter merged in fp32, so that nothing is rounded (one
-    that no weight can hold stays attached, in fp32 as well); `without_core` leaves the adapter's core out. The engine llamacpp answers from those weights as a GGUF file; raises
+    Answers are greedy. The weights are the base's in fp32 with the adapter merged in fp32, so that nothing is rounded;
+    `without_core` leaves the adapter's core out. The engine llamacpp answers from those weights as a GGUF file; raises
     `AttachError` for an adapter that no weight can hold, `MissingDependency` where llama.cpp is not installed.
     """
     started = time.time()
