@@ -36,7 +36,13 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 from train_tokenizer import END_OF_TEXT, read_conversations, read_documents
-from transformers import AutoTokenizer, GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from ssmtune.errors import ConfigError, DataError, TrainingFailed, nearest
 from ssmtune.records import file_sha256, new_record, write_json
@@ -218,14 +224,15 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> G
 
 @torch.no_grad()
 def initialise_mixer(mixer: nn.Module) -> None:
-    """Set `dt_bias`, `A_log`, `D` and the convolution of a mixer in place.
+    """Set `dt_bias`, `A_log`, the convolution and, where the mixer has one, `D` in place.
 
     The step is log-uniform in [1e-3, 1e-1], `A` uniform in [1, 16], `D` one.
     """
     step = torch.empty_like(mixer.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
     mixer.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
     mixer.A_log.copy_(torch.empty_like(mixer.A_log).uniform_(1, 16).log())
-    mixer.D.fill_(1.0)
+    if "D" in dict(mixer.named_parameters(recurse=False)):
+        mixer.D.fill_(1.0)
     # A depthwise kernel sees `d_conv` inputs only; the deviation of the linear maps would nearly silence it.
     bound = 1 / math.sqrt(mixer.conv1d.weight.shape[-1])
     mixer.conv1d.weight.uniform_(-bound, bound)
@@ -281,18 +288,23 @@ def ssd(
     return y.reshape(batch, length + padding, heads, head_dim)[:, :length]
 
 
+def convolve(conv1d: nn.Conv1d, inputs_BTC: Tensor) -> Tensor:
+    """Return the SiLU of a causal depthwise convolution of whole rows, in the dtype of the inputs."""
+    # A sum of shifted products fuses into one kernel; a depthwise convolution call does not.
+    taps = conv1d.weight[:, 0]
+    padded = F.pad(inputs_BTC, (0, 0, taps.shape[-1] - 1, 0))
+    mixed = sum(padded[:, k : k + inputs_BTC.shape[1]] * taps[:, k] for k in range(taps.shape[-1]))
+    if conv1d.bias is not None:
+        mixed = mixed + conv1d.bias
+    return F.silu(mixed).to(inputs_BTC.dtype)
+
+
 def mix_by_scan(mixer: nn.Module, hidden_BTE: Tensor, chunk: int) -> Tensor:
     """Return the output of a Mamba-2 mixer on whole rows: its own parameters, `ssd` instead of its scan."""
     batch, length, _ = hidden_BTE.shape
     projected = mixer.in_proj(hidden_BTE)
     gate, inputs, dt = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
-    # A sum of shifted products fuses into one kernel; a depthwise convolution call does not.
-    taps = mixer.conv1d.weight[:, 0]
-    padded = F.pad(inputs, (0, 0, taps.shape[-1] - 1, 0))
-    mixed = sum(padded[:, k : k + length] * taps[:, k] for k in range(taps.shape[-1]))
-    if mixer.conv1d.bias is not None:
-        mixed = mixed + mixer.conv1d.bias
-    mixed = F.silu(mixed).to(inputs.dtype)
+    mixed = convolve(mixer.conv1d, inputs)
     group_width = mixer.n_groups * mixer.ssm_state_size
     x, B, C = mixed.split([mixer.intermediate_size, group_width, group_width], dim=-1)
     y = ssd(
@@ -369,6 +381,10 @@ class FastForward:
             is_scan = layer.mamba is not None
             hidden = self.scan_layer(layer, hidden, self.chunk) if is_scan else self.attention_layer(layer, hidden)
         return hidden
+
+    def logits(self, ids_BT: Tensor) -> Tensor:
+        """Return logits in at least fp32."""
+        return head_logits(self.model, self.hidden(ids_BT))
 
     def loss(self, rows_BT: Tensor) -> Tensor:
         """Return the mean next-token loss of rows of T + 1 tokens."""
@@ -448,14 +464,17 @@ def start_reading(value: Tensor) -> Callable[[], float]:
 
 
 def choose_forward(
-    model: GraniteMoeHybridForCausalLM, rows_BT: Tensor, *, chunk: int, try_compile: bool
+    make_forward: Callable[[bool], FastForward], rows_BT: Tensor, *, try_compile: bool
 ) -> tuple[FastForward, dict[str, Any]]:
-    """Return the compiled forward if it builds and agrees with the eager one, else the eager one."""
-    eager = FastForward(model, chunk=chunk, is_compiled=False)
+    """Return the compiled forward if it builds and agrees with the eager one, else the eager one, and what decided it.
+
+    `make_forward(is_compiled)` builds either.
+    """
+    eager = make_forward(False)
     if not try_compile:
         return eager, {"used": False, "reason": "not asked for"}
     started = time.perf_counter()
-    compiled = FastForward(model, chunk=chunk, is_compiled=True)
+    compiled = make_forward(True)
     try:
         loss, norm = _probe(compiled, rows_BT)
     except COMPILE_ERRORS as error:
@@ -495,7 +514,7 @@ def held_out_nats(forward: FastForward, rows_BT: Tensor, *, batch_rows: int, is_
     total = 0.0
     for rows in rows_BT.split(batch_rows):
         with autocast(rows.device) if is_autocast else nullcontext():
-            logits = head_logits(forward.model, forward.hidden(rows[:, :-1]))
+            logits = forward.logits(rows[:, :-1])
         total += F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum", ignore_index=-100).item()
     return total
 
@@ -517,7 +536,7 @@ def held_out_rows(tokens: np.ndarray, *, length: int, end: int, device: torch.de
 @torch.no_grad()
 def compare_forwards(forward: FastForward, rows_BT: Tensor) -> dict[str, float]:
     """Return how far the fast forward and transformers' own differ on the same rows in fp32: logits and mean loss."""
-    fast = head_logits(forward.model, forward.hidden(rows_BT[:, :-1]))
+    fast = forward.logits(rows_BT[:, :-1])
     standard = forward.model(input_ids=rows_BT[:, :-1], use_cache=False).logits
     losses = [F.cross_entropy(v.flatten(0, 1), rows_BT[:, 1:].flatten()).item() for v in (fast, standard)]
     return {
@@ -530,7 +549,7 @@ def compare_forwards(forward: FastForward, rows_BT: Tensor) -> dict[str, float]:
 
 
 def sample_continuations(
-    model: GraniteMoeHybridForCausalLM, tokenizer: PreTrainedTokenizerFast, *, num_tokens: int, seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, num_tokens: int, seed: int
 ) -> list[dict[str, Any]]:
     """Return greedy and temperature-0.7 continuations of fixed prompts, by transformers' own generation."""
     chats = [[{"role": "user", "content": text}] for text in CHAT_PROMPTS]
@@ -596,7 +615,9 @@ def fit(
     probe_rows = corpus.tokens[: config.batch_rows * (config.sequence_length + 1)]
     probe_rows = probe_rows[: len(probe_rows) // (config.sequence_length + 1) * (config.sequence_length + 1)]
     forward, progress.compile = choose_forward(
-        model, probe_rows.view(-1, config.sequence_length + 1).long(), chunk=config.ssd_chunk, try_compile=try_compile
+        lambda is_compiled: FastForward(model, chunk=config.ssd_chunk, is_compiled=is_compiled),
+        probe_rows.view(-1, config.sequence_length + 1).long(),
+        try_compile=try_compile,
     )
     # One step stays in flight: the host prepares the next one while the device works.
     pending: collections.deque[tuple[int, Callable[[], float]]] = collections.deque()

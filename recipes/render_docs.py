@@ -690,6 +690,35 @@ SPREADS = {"sd_seed": "sd between seeds", "sd_example": "between examples", "sd_
 LOGITS = {"logit": "log-odds", "shift": "difference", "sd_seed_logit": "sd between seeds"}
 
 
+def claims() -> str:
+    """Every claim of the published works with what our records say of it."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from claims import claims_markdown
+
+    return claims_markdown()
+
+
+def sisters() -> str:
+    """The matched sisters: sizes from their configs, figures from their pretraining records."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from sisters_table import sisters_markdown
+
+    return sisters_markdown()
+
+
+def study_table(name: str) -> Callable[[], str]:
+    """The table `name` of `recipes/study_tables.py`."""
+
+    def render() -> str:
+        sys.path.insert(0, str(ROOT / "recipes"))
+        import study_tables
+
+        text: str = vars(study_tables)[name]()
+        return text
+
+    return render
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"headline": study_headline, "families": families_by_kind},
     "docs/families.md": {"families": families, "roles": roles},
@@ -705,6 +734,19 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "parity": bench_parity,
         "cpu": bench_cpu,
         "cpu-memory": bench_cpu_memory,
+    },
+    "docs/claims.md": {"claims": claims},
+    "docs/matched-sisters.md": {"sisters": sisters},
+    "docs/studies/placement.md": {
+        "arms": study_table("placement_arms"),
+        "transfer": study_table("placement_transfer"),
+        "comparisons": study_table("placement_comparisons"),
+    },
+    "docs/studies/methods.md": {
+        "arms": study_table("methods_arms"),
+        "comparisons": study_table("methods_comparisons"),
+        "side-effects": study_table("side_effects_means"),
+        "side-effect-comparisons": study_table("side_effects_comparisons"),
     },
     "docs/studies/s4-regression.md": {
         "setup": s4_setup,

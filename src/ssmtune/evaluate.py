@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ssmtune.attach import AdaptedModel
+
 Engine = Literal["transformers", "llamacpp"]
 
 NUM_SAMPLES = 12
@@ -193,29 +195,45 @@ def _samples(
 
 
 def evaluation_model(config: EvaluateConfig) -> PreTrainedModel:
-    """Return the fp32 model to evaluate, on the GPU where there is one, on ssmtune's operations."""
+    """Return the fp32 model to evaluate, on the GPU where there is one, on ssmtune's operations.
+
+    An adapter is merged; one that no weight can hold (states, branches, learned positions) stays attached.
+    """
     import torch
 
     from ssmtune.families.base import find_family
+    from ssmtune.merge import merge
     from ssmtune.operations import install_operations
 
-    model = _merged_model(config, "cuda" if torch.cuda.is_available() else "cpu")
+    model, adapted = _load(config, "cuda" if torch.cuda.is_available() else "cpu")
+    if adapted is not None and adapted.plan.unmergeable:
+        attached: PreTrainedModel = adapted.eval()
+        return attached
+    if adapted is not None:
+        model = merge(adapted)
     install_operations(model, find_family(model.config.model_type)[1])
     return model.eval()
 
 
-def _merged_model(config: EvaluateConfig, device: str) -> PreTrainedModel:
+def _load(config: EvaluateConfig, device: str) -> tuple[PreTrainedModel, AdaptedModel | None]:
+    """The base in fp32, and the same model with the adapter on it where there is one."""
     from ssmtune.attach import load
-    from ssmtune.merge import merge
 
     model = load_model(config.model, dtype="float32", device=device)
-    if config.adapter is not None:
-        adapted = load(model, Path(config.adapter))
-        if config.without_core:
-            for edit in adapted.edits.values():
-                edit.enabled = False
-        model = merge(adapted)
-    return model
+    if config.adapter is None:
+        return model, None
+    adapted = load(model, Path(config.adapter))
+    if config.without_core:
+        for edit in adapted.edits.values():
+            edit.enabled = False
+    return model, adapted
+
+
+def _merged_model(config: EvaluateConfig, device: str) -> PreTrainedModel:
+    from ssmtune.merge import merge
+
+    model, adapted = _load(config, device)
+    return model if adapted is None else merge(adapted)
 
 
 def _answer_llamacpp(

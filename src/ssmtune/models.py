@@ -53,10 +53,12 @@ def load_config(name: str) -> Any:
         if not isinstance(model_type, str):
             raise ConfigError(f"{path}: is no model config (model_type {model_type!r}). It must name its 'model_type'.")
         if model_type not in CONFIG_MAPPING:
-            # The one architecture that is ours and not transformers'.
+            # The architectures that are ours and not transformers'.
+            from ssmtune.parallel_gated_delta_model import register_parallel_gated_delta
             from ssmtune.s4d_model import register_s4d
 
             register_s4d()
+            register_parallel_gated_delta()
         if model_type not in CONFIG_MAPPING:
             raise ConfigError(f"{path}: model_type {model_type!r} is unknown to the installed transformers.")
         try:

@@ -32,7 +32,7 @@ ORDER = (
         "checkpoint",
     },
     {"ops"},
-    {"families", "methods", "tasks", "data", "models", "s4d_model", "llamacpp"},
+    {"families", "methods", "tasks", "data", "models", "s4d_model", "parallel_gated_delta_model", "llamacpp"},
     {
         "operations",
         "virtual_tokens",

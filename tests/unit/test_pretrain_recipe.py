@@ -245,7 +245,9 @@ def test_a_failed_compile_falls_back_loudly(
     monkeypatch.setattr(torch, "compile", lambda f, **options: lambda *inputs: refuse(inputs[0]))
     model = pretrain.build_model(pretrain.load_config(write_config(tmp_path)), tokenizer)
     rows = torch.randint(5, 6144, (1, 17))
-    forward, facts = pretrain.choose_forward(model, rows, chunk=8, try_compile=True)
+    forward, facts = pretrain.choose_forward(
+        lambda is_compiled: pretrain.FastForward(model, chunk=8, is_compiled=is_compiled), rows, try_compile=True
+    )
     assert not forward.is_compiled
     assert facts == {"used": False, "reason": "RuntimeError: no compiler"}
     assert "EAGER" in capsys.readouterr().out
