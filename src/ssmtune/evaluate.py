@@ -84,11 +84,11 @@ def evaluate(config: EvaluateConfig, *, model: PreTrainedModel | None = None, pr
     what always giving the commonest answer of these examples would score.
 
     Answers are greedy. The weights are the base's in fp32 with the adapter merged in fp32, so that nothing is rounded;
-    An adapter that was trained on a base in 4 bits is merged into the original weights all the same (`QuantizationNote`).
-    `without_core` leaves the adapter's core out. `model` is what `evaluation_model` returns for this config, for several
-    tasks that are asked of one. The engine llamacpp answers from those weights as a GGUF file; raises
-    `AttachError` for an adapter that no weight can hold, `MissingDependency` where llama.cpp is not installed, `DataError`
-    for a set that is not there, `ConfigError` for a task that runs programs without `allow_execution`.
+    One trained on a base in 4 bits is merged into the original weights (`QuantizationNote`). `without_core` leaves the core
+    out. `model` is what `evaluation_model` returns for this config, for several tasks that are asked of one.
+    The engine llamacpp answers from those weights as a GGUF file. Raises `AttachError` there for an adapter that no weight
+    can hold, `MissingDependency` where llama.cpp is not installed, `DataError` for a set that is not there, `ConfigError`
+    for a task that runs programs without `allow_execution`.
     """
     started = time.time()
     task = get_task(config.task)

@@ -19,9 +19,9 @@ from ssmtune.attach import AdaptedModel, load
 from ssmtune.base_digest import base_digest
 from ssmtune.base_stream import StreamedBase, place_tensor
 from ssmtune.base_tensors import base_tensor, owner_of
-from ssmtune.errors import AttachError, CheckFailed, ConfigError
+from ssmtune.errors import CheckFailed, ConfigError
 from ssmtune.merge_difference import difference_to_training
-from ssmtune.merged_files import copy_beside, refuse_merged, write_provenance
+from ssmtune.merged_files import copy_beside, refuse_merged, refuse_unmergeable, write_provenance
 from ssmtune.models import Dtype, load_config, load_model, load_tokenizer, model_location
 from ssmtune.peft_layers import module_name
 from ssmtune.quantized import dense, other_base_expected, refuse_four_bits
@@ -43,8 +43,6 @@ from ssmtune.weight_units import CannotStream, Unit
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ssmtune.plan import Plan
-
 
 SMALL_BYTES, NUM_PROMPTS = 1 << 28, 2
 """Up to this size a merged model is also compared with the adapted one in memory, on so many prompts."""
@@ -58,7 +56,7 @@ def merge(adapted: AdaptedModel, *, restore: Sequence[str] = ()) -> PreTrainedMo
     A second merge raises `AttachError`, a role that no edit touches `ConfigError`.
     """
     adapted._refuse_spent("merge")
-    _refuse_unmergeable(adapted.plan)
+    refuse_unmergeable(adapted.plan)
     return merge_tensors(adapted, restore=restore)
 
 
@@ -83,16 +81,6 @@ def merge_tensors(adapted: AdaptedModel, *, restore: Sequence[str] = ()) -> PreT
 def _give_back_all(values: Mapping[str, torch.Tensor], adapted: AdaptedModel, roles: Sequence[str]) -> None:
     for path, rows in restored_rows(adapted, roles).items():
         give_back(values[path], base_tensor(adapted.base_model.model, path), rows)
-
-
-def _refuse_unmergeable(plan: Plan) -> None:
-    lasting = sorted({site.method for site in plan.unmergeable})
-    if lasting:
-        raise AttachError(
-            f"cannot merge: method {', '.join(lasting)} adds what no tensor of the base can hold, so a merged model would "
-            "drop it. Use the adapter with ssmtune.load(base, directory). 'ssmtune export --to hf' makes an additional scan a "
-            "model with more states (ssmtune.widen.widen), and puts what acts where a sequence starts into its cache."
-        )
 
 
 def effective_tensors(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
@@ -170,7 +158,7 @@ def merge_to(
     directory = adapter_directory(run)
     saved = adapter_files.read(directory)
     if make_plain is None:
-        _refuse_unmergeable(saved.plan)
+        refuse_unmergeable(saved.plan)
     name = model or saved.plan.model
     result: dict[str, Any] = {
         "out": str(out),

@@ -7,11 +7,14 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssmtune.config import read_json
-from ssmtune.errors import AdapterMismatch
+from ssmtune.errors import AdapterMismatch, AttachError
 from ssmtune.records import write_json
+
+if TYPE_CHECKING:
+    from ssmtune.plan import Plan
 
 PROVENANCE = "ssmtune_merge.json"
 
@@ -82,3 +85,14 @@ def _model_card(result: Mapping[str, Any]) -> str:
         f"{restored}Adapter:\n\n{adapter}\n\n"
         f"| role | tensors | elements changed | still changed after rounding |\n|---|---:|---:|---:|\n{rows}\n"
     )
+
+
+def refuse_unmergeable(plan: Plan) -> None:
+    """Raise `AttachError` for a plan with a method whose effect no weight can hold."""
+    lasting = sorted({site.method for site in plan.unmergeable})
+    if lasting:
+        raise AttachError(
+            f"cannot merge: method {', '.join(lasting)} adds what no tensor of the base can hold, so a merged model would "
+            "drop it. Use the adapter with ssmtune.load(base, directory). 'ssmtune export --to hf' makes an additional scan a "
+            "model with more states (ssmtune.widen.widen), and puts what acts where a sequence starts into its cache."
+        )

@@ -9,12 +9,9 @@ RUN/logs/               TensorBoard
 
 from __future__ import annotations
 
-import errno
-import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 
 from ssmtune.config import STRICT
-from ssmtune.errors import ConfigError, TrainingFailed
+from ssmtune.errors import ConfigError
+from ssmtune.full_disk import full_disk_is_named
 from ssmtune.methods.lora import LoraOptions
 from ssmtune.models import Dtype, load_tokenizer, weightless
 from ssmtune.placement import named_recipe
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
     from ssmtune.sft import EditTrainer
 
 RECORD = "run.json"
-
-TORCH_WRITE_FAILED = ("PytorchStreamWriter", "unexpected pos", "iostream error", "file write failed")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -129,7 +125,7 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
     )
     write_json(run_dir / RECORD, record)
     try:
-        with _full_disk_is_named(run_dir):
+        with full_disk_is_named(run_dir):
             adapted, stages = _warmed_up(config, adapted, data, record, progress, on_message)
             trainer = _make_trainer(config, adapted, data, record, progress)
             _run(trainer, on_message)
@@ -298,23 +294,6 @@ def _run(trainer: EditTrainer, on_message: Callable[[str], None]) -> None:
         # The order of data is replayed on resume; torch warns about state it cannot see.
         warnings.simplefilter("ignore")
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-
-@contextmanager
-def _full_disk_is_named(run_dir: Path) -> Iterator[None]:
-    """Turn the several ways in which a full disk shows itself into one `TrainingFailed`."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch's archive writer reports a failed write as a RuntimeError of its own, without an errno.
-        torch_write = isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_WRITE_FAILED)
-        if not torch_write and getattr(error, "errno", None) != errno.ENOSPC:
-            raise
-        free = shutil.disk_usage(run_dir).free
-        raise TrainingFailed(
-            f"{run_dir}: no space left on the disk ({free:,} bytes free). Complete checkpoints are kept; "
-            "free space and run the same command again to continue."
-        ) from None
 
 
 def _write_last_record(run_dir: Path, record: dict[str, Any]) -> None:

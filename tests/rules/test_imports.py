@@ -30,6 +30,7 @@ ORDER = (
         "recipe",
         "balanced_truncation",
         "checkpoint",
+        "full_disk",
     },
     {"ops"},
     {"families", "methods", "tasks", "data", "models", "s4d_model", "parallel_gated_delta_model", "llamacpp"},
