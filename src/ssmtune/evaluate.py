@@ -85,10 +85,9 @@ def evaluate(config: EvaluateConfig, *, model: PreTrainedModel | None = None, pr
 
     Answers are greedy. The weights are the base's in fp32 with the adapter merged in fp32, so that nothing is rounded;
     One trained on a base in 4 bits is merged into the original weights (`QuantizationNote`). `without_core` leaves the core
-    out. `model` is what `evaluation_model` returns for this config, for several tasks that are asked of one.
-    The engine llamacpp answers from those weights as a GGUF file. Raises `AttachError` there for an adapter that no weight
-    can hold, `MissingDependency` where llama.cpp is not installed, `DataError` for a set that is not there, `ConfigError`
-    for a task that runs programs without `allow_execution`.
+    out. `model` is what `evaluation_model` returns for this config. The engine llamacpp answers from a GGUF file. Raises
+    `AttachError` there for an adapter that no weight can hold, `MissingDependency` without llama.cpp, `DataError` for a
+    set that is not there, `ConfigError` for a task that runs programs without `allow_execution`.
     """
     started = time.time()
     task = get_task(config.task)
