@@ -83,7 +83,7 @@ def test_fast_require_is_refused_and_the_model_left_alone() -> None:
     model = tiny_model(DENSE)
     before = layout(model)
     with pytest.raises(AttachError, match="fast='require'"):
-        attach(model, make_plan(model, "all"), fast="require")
+        attach(model, make_plan(model, "dora"), fast="require")
     assert layout(model) == before
 
 
