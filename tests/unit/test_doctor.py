@@ -39,6 +39,7 @@ def test_every_operation_and_scorer_is_right_here() -> None:
     assert names == {
         *("causal_conv1d", "causal_conv1d_update", "mamba1_selective_scan", "mamba1_state_update"),
         *("mamba2_chunk_scan", "selective_state_update", "rg_lru", "rwkv_wkv", "mlstm", "gated_rms_norm"),
+        *("projection", "gated_mlp", "linear_cross_entropy", "mamba2_conv_scan"),
         *("gated_delta_rule", "gated_delta_rule_update", "gated_delta_rule_kda", "gated_delta_rule_kda_update"),
     }
     assert {name.partition("/")[2] for name in set(report.checks) - scorers} == {"float32", "bfloat16"}
