@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ssmtune.fast._marks import PREFIX
+from ssmtune.fast._marks import LOSS, PREFIX
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ssmtune.inventory import Inventory
 
-LOSS = "head and loss"
 REST = "rest"
 
 LABELS = {

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ssmtune.fast._marks import LOSS, component
 from ssmtune.ops.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class HeadLoss:
         head: Any = self.adapted.get_output_embeddings()
         with _head_replaced(head, lambda hidden: hidden.flatten(0, 1)[positions]):
             hidden = model(**inputs, use_cache=False).logits
-        return linear_cross_entropy(hidden.to(head.weight.dtype), head.weight, targets)
+        with component(LOSS):
+            return linear_cross_entropy(hidden.to(head.weight.dtype), head.weight, targets)
 
 
 @contextmanager

@@ -233,3 +233,26 @@ def test_a_head_with_a_cap_is_run_as_it_stands() -> None:
         logits = adapted(**given, use_cache=False).logits
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     assert torch.equal(loss(adapted, given, positions, targets), expected)
+
+
+def test_the_loss_without_logits_counts_as_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operations run outside of every module: a profile must not lose them."""
+    from ssmtune import head_loss
+    from ssmtune.bench_profile import component_modules, component_shares
+    from ssmtune.inventory import take_inventory
+
+    model = tiny_model(("granite_hybrid", "dense"))
+    modules = component_modules(model, take_inventory(model))
+    adapted = ssmtune.attach(model, ssmtune.make_plan(model, recipe="all"), fast="off")
+    loss = HeadLoss(adapted, bypass=True)
+    large = torch.ones(1500, 1500)
+
+    def slow(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return hidden.sum() * (large @ large).mean()
+
+    monkeypatch.setattr(head_loss, "linear_cross_entropy", slow)
+    given = {"input_ids": inputs(adapted, "plain")["input_ids"]}
+    positions, targets = torch.arange(40), torch.full((40,), 3)
+    shares = component_shares(lambda: loss(adapted, given, positions, targets).backward(), modules, with_cuda=False)
+    # The product alone takes far longer than this model of 32 channels.
+    assert shares["head and loss"] > 0.5

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import record_function
 
 PREFIX = "component:"
+LOSS = "head and loss"
 
 
 def component(label: str) -> AbstractContextManager[object]:
