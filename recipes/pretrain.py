@@ -757,14 +757,7 @@ def train(
         seconds=progress.seconds,
         tokens_per_second=progress.num_tokens / progress.loop_seconds,
         compile=progress.compile,
-        held_out={
-            "bits_per_byte": bits,
-            "xz_bits_per_byte": manifest["valid_xz_bits_per_byte"],
-            "num_bytes": manifest["valid_bytes"],
-            "num_tokens": len(arrays["valid"]),
-            "windows": f"non-overlapping, {config.sequence_length} tokens, no context carried; checkpoint in fp32",
-            "during_training_bf16": progress.held_out_curve,
-        },
+        held_out=held_out_facts(bits, manifest, config, len(arrays["valid"]), progress.held_out_curve),
         parity_fp32=parity,
         loss_curve={"columns": ["num_tokens", "loss"], "points": shorten_curve(progress.curve)},
         samples=sample_continuations(saved, tokenizer, num_tokens=config.sample_tokens, seed=config.seed),
@@ -773,6 +766,20 @@ def train(
     )
     write_json(out_path / "pretrain.json", record)
     return record
+
+
+def held_out_facts(
+    bits: float, manifest: dict[str, Any], config: PretrainConfig, num_tokens: int, curve: list[Any]
+) -> dict[str, Any]:
+    """Return what a record says of the held-out text: bits per byte beside xz's, and how they were taken."""
+    return {
+        "bits_per_byte": bits,
+        "xz_bits_per_byte": manifest["valid_xz_bits_per_byte"],
+        "num_bytes": manifest["valid_bytes"],
+        "num_tokens": num_tokens,
+        "windows": f"non-overlapping, {config.sequence_length} tokens, no context carried; checkpoint in fp32",
+        "during_training_bf16": curve,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ Run from the repository root: python recipes/render_docs.py [--check]
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import json
 import statistics
@@ -690,30 +691,12 @@ SPREADS = {"sd_seed": "sd between seeds", "sd_example": "between examples", "sd_
 LOGITS = {"logit": "log-odds", "shift": "difference", "sd_seed_logit": "sd between seeds"}
 
 
-def claims() -> str:
-    """Every claim of the published works with what our records say of it."""
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from claims import claims_markdown
-
-    return claims_markdown()
-
-
-def sisters() -> str:
-    """The matched sisters: sizes from their configs, figures from their pretraining records."""
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from sisters_table import sisters_markdown
-
-    return sisters_markdown()
-
-
-def study_table(name: str) -> Callable[[], str]:
-    """The table `name` of `recipes/study_tables.py`."""
+def beside(module: str, name: str) -> Callable[[], str]:
+    """A function of a module in this folder, imported when it is asked for."""
 
     def render() -> str:
         sys.path.insert(0, str(ROOT / "recipes"))
-        import study_tables
-
-        text: str = vars(study_tables)[name]()
+        text: str = vars(importlib.import_module(module))[name]()
         return text
 
     return render
@@ -735,18 +718,18 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "cpu": bench_cpu,
         "cpu-memory": bench_cpu_memory,
     },
-    "docs/claims.md": {"claims": claims},
-    "docs/matched-sisters.md": {"sisters": sisters},
+    "docs/claims.md": {"claims": beside("claims", "claims_markdown")},
+    "docs/matched-sisters.md": {"sisters": beside("sisters_table", "sisters_markdown")},
     "docs/studies/placement.md": {
-        "arms": study_table("placement_arms"),
-        "transfer": study_table("placement_transfer"),
-        "comparisons": study_table("placement_comparisons"),
+        "arms": beside("study_tables", "placement_arms"),
+        "transfer": beside("study_tables", "placement_transfer"),
+        "comparisons": beside("study_tables", "placement_comparisons"),
     },
     "docs/studies/methods.md": {
-        "arms": study_table("methods_arms"),
-        "comparisons": study_table("methods_comparisons"),
-        "side-effects": study_table("side_effects_means"),
-        "side-effect-comparisons": study_table("side_effects_comparisons"),
+        "arms": beside("study_tables", "methods_arms"),
+        "comparisons": beside("study_tables", "methods_comparisons"),
+        "side-effects": beside("study_tables", "side_effects_means"),
+        "side-effect-comparisons": beside("study_tables", "side_effects_comparisons"),
     },
     "docs/studies/s4-regression.md": {
         "setup": s4_setup,

@@ -20,6 +20,7 @@ import pydantic
 
 from ssmtune.config import STRICT
 from ssmtune.errors import CheckFailed, ConfigError
+from ssmtune.memory import Memory
 from ssmtune.models import model_location
 from ssmtune.quantized import QuantizeConfig
 from ssmtune.records import new_record
@@ -49,7 +50,7 @@ class BenchConfig:
     num_steps: int = pydantic.Field(default=5, ge=1)
     """Steps that are timed in a row."""
     repeats: int = pydantic.Field(default=3, ge=1)
-    memory: Literal["fast", "balanced", "small"] = "fast"
+    memory: Memory = "fast"
     """What is kept for the backward pass (`memory`); for anything but "fast" the peer recomputes every layer."""
     quantize: QuantizeConfig | None = None
     """What of the base is in 4 bits, on both sides."""

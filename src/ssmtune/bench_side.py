@@ -23,6 +23,7 @@ from ssmtune.bench_profile import component_modules, component_shares
 from ssmtune.config import decode
 from ssmtune.errors import ConfigError
 from ssmtune.inventory import Inventory, take_inventory
+from ssmtune.memory import keep_activations
 from ssmtune.methods.base import get_method
 from ssmtune.models import Dtype, load_config, model_location
 from ssmtune.placement import named_recipe
@@ -141,7 +142,6 @@ def _prepare_ssmtune(model: PreTrainedModel, plan: Plan, config: BenchConfig) ->
     """Trained parameters, the loss of a batch, and what runs the operations: as `ssmtune train` does it."""
     from ssmtune.attach import attach
     from ssmtune.head_loss import HeadLoss
-    from ssmtune.memory import keep_activations
 
     adapted = attach(model, plan).train()
     keep_activations(adapted, config.memory)

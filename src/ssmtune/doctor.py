@@ -22,11 +22,9 @@ from ssmtune.verify.packing import compare_packed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IN_STAGES = ("projection", "gated_mlp", "linear_cross_entropy", "mamba2_conv_scan")
-"""Operations that round to the inputs' dtype between their stages, as the layers that they stand for do."""
-
 STAGES_BF16 = 2.0**-6
-"""Up to half a dozen roundings of 2^-9 in a row, and products of what was rounded; a missing term costs a tenth or more."""
+"""For cases `in_stages`: half a dozen roundings of 2^-9 in a row, and products of what was rounded; a missing term costs a
+tenth or more."""
 
 LIMITS = {
     # Root mean square of the error, relative to that of the truth; inputs are rounded once and given to both.
@@ -161,7 +159,7 @@ def examine(device: str | None = None) -> DoctorReport:
         for dtype, limit in LIMITS.items():
             name = f"{operation}/{str(dtype).removeprefix('torch.')}"
             members = [case for case in cases if case.operation == operation]
-            wide = dtype == torch.bfloat16 and members[0].operation in IN_STAGES
+            wide = dtype == torch.bfloat16 and members[0].in_stages
             checks[name] = _check(name, members, dtype, STAGES_BF16 if wide else limit, torch.device(device))
     untried = []
     for name in task_names():

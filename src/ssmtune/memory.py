@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from transformers.modeling_layers import GradientCheckpointingLayer
-
 from ssmtune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +18,9 @@ def keep_activations(adapted: AdaptedModel, memory: Memory) -> None:
 
     Raises `ConfigError` for a model of which transformers can recompute no layers.
     """
+    # Imported here: a run's config is read, and help printed, without torch.
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     if memory == "fast":
         return
     base = adapted.get_base_model()

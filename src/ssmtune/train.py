@@ -21,6 +21,7 @@ import pydantic
 from ssmtune.config import STRICT
 from ssmtune.errors import ConfigError
 from ssmtune.full_disk import full_disk_is_named
+from ssmtune.memory import Memory, keep_activations
 from ssmtune.methods.lora import LoraOptions
 from ssmtune.models import Dtype, load_tokenizer, weightless
 from ssmtune.placement import named_recipe
@@ -83,7 +84,7 @@ class TrainConfig:
     num_accumulated: int = pydantic.Field(default=1, ge=1)
     num_evaluations: int = pydantic.Field(default=5, ge=1)
     dtype: Dtype = "auto"
-    memory: Literal["fast", "balanced", "small"] = "fast"
+    memory: Memory = "fast"
     quantize: QuantizeConfig | None = None
 
 
@@ -255,7 +256,6 @@ def _make_trainer(
 ) -> EditTrainer:
     """The trainer of a run, or, with a number of steps, of its warm-up below `directory`."""
     # TRL and transformers are imported here so that reading a config does not load them.
-    from ssmtune.memory import keep_activations
     from ssmtune.sft import EditTrainer, make_sft_config
 
     keep_activations(adapted, config.memory)

@@ -27,6 +27,22 @@ IN_PROJECTIONS = {
 ENTRY_ROWS = entry_rows(["in_proj_qkv", "in_proj_b", "in_proj_a"])
 
 
+ODD_SIZES: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 3,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 7,
+    # Over so few channels an output is now and then near zero, and 1e-6 lets the norm multiply its rounding.
+    "rms_norm_eps": 1e-3,
+    "linear_conv_kernel_dim": 3,
+    "attention_bias": True,
+}
+"""What the tiny config with odd sizes sets beside its layers."""
+
+
 def text_configs() -> Mapping[str, Any]:
     """Tiny configs of the language model, by name."""
     from transformers import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
@@ -48,17 +64,7 @@ def text_configs() -> Mapping[str, Any]:
         "odd": dense(
             num_hidden_layers=2,
             layer_types=["full_attention", "linear_attention"],
-            hidden_size=24,
-            num_attention_heads=3,
-            num_key_value_heads=1,
-            linear_num_key_heads=1,
-            linear_num_value_heads=3,
-            linear_key_head_dim=5,
-            linear_value_head_dim=7,
-            # Over so few channels an output is now and then near zero, and 1e-6 lets the norm multiply its rounding.
-            rms_norm_eps=1e-3,
-            linear_conv_kernel_dim=3,
-            attention_bias=True,
+            **ODD_SIZES,
         ),
         "moe": experts(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]),
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 from ssmtune.families._gated_delta import deltanet_operations, deltanet_states
 from ssmtune.families._qwen3 import HANDLED_CONFIG, claims, tiny
-from ssmtune.families._qwen3_5 import ENTRY_ROWS, IN_PROJECTIONS
+from ssmtune.families._qwen3_5 import ENTRY_ROWS, IN_PROJECTIONS, ODD_SIZES
 from ssmtune.families._transformer import prepare_packed_hybrid
 from ssmtune.families.base import Family
 
@@ -25,17 +25,7 @@ def _tiny_configs() -> Mapping[str, Any]:
         "equal-heads": make(num_hidden_layers=1, linear_num_value_heads=2),
         "odd": make(
             num_hidden_layers=1,
-            hidden_size=24,
-            num_attention_heads=3,
-            num_key_value_heads=1,
-            linear_num_key_heads=1,
-            linear_num_value_heads=3,
-            linear_key_head_dim=5,
-            linear_value_head_dim=7,
-            # Over so few channels an output is now and then near zero, and 1e-6 lets the norm multiply its rounding.
-            rms_norm_eps=1e-3,
-            linear_conv_kernel_dim=3,
-            attention_bias=True,
+            **ODD_SIZES,
         ),
     }
 

@@ -17,13 +17,17 @@ Function = Callable[[Tensors], Tensors]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One operation with one set of inputs: the function under test, its truth, and the inputs in fp64."""
+    """One operation with one set of inputs: the function under test, its truth, and the inputs in fp64.
+
+    `in_stages`: the operation rounds to the inputs' dtype between its stages, as the layers that it stands for do.
+    """
 
     operation: str
     label: str
     function: Function
     truth: Function
     inputs: Tensors
+    in_stages: bool = False
 
 
 def sequence_cases(

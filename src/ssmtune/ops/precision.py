@@ -24,3 +24,9 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
+
+
+def multiplies_exactly(tensor: torch.Tensor) -> bool:
+    """Return whether kernels keep fp32 precision in products with `tensor`: fp32 does, and Triton's interpreter, which is
+    what runs on a CPU, multiplies fp32 only."""
+    return tensor.dtype == torch.float32 or not tensor.is_cuda

@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 from ssmtune.ops.gated_mlp.kernels import gate_back_kernel, gate_kernel
 from ssmtune.ops.gated_rms_norm import triton as norms
 from ssmtune.ops.launch import launch
+from ssmtune.ops.precision import multiplies_exactly
 from ssmtune.ops.projection.spec import LowRank, Normed
-from ssmtune.ops.projection.triton import add_low_rank, fp32_product, product
+from ssmtune.ops.projection.triton import add_low_rank, fp32_product, product, rank_block, rounded_factors
 
 BLOCK = {"BLOCK_T": 32, "BLOCK_K": 128, "num_warps": 4}
 
@@ -40,18 +41,11 @@ def gated_mlp(
         in_low_rank.B,
         out_low_rank.A,
         out_low_rank.B,
-        *_rounded(in_low_rank, x.dtype),
-        *_rounded(out_low_rank, x.dtype),
+        *rounded_factors(in_low_rank, x.dtype),
+        *rounded_factors(out_low_rank, x.dtype),
         (norm.eps, in_low_rank.scale, out_low_rank.scale, multiplier),
     )
     return y
-
-
-def _rounded(low_rank: LowRank, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and scale * B in the products' dtype."""
-    if low_rank.rounded is not None:
-        return low_rank.rounded
-    return low_rank.A.detach().to(dtype), (low_rank.B.detach() * low_rank.scale).to(dtype)
 
 
 class _Mlp(torch.autograd.Function):
@@ -83,7 +77,7 @@ class _Mlp(torch.autograd.Function):
         dwide, value = torch.empty_like(wide), torch.empty_like(dvalue)
         launch(
             gate_back_kernel, _grid(value), wide, v, in_B, dvalue, out_dv, out_A, dwide, value, *value.shape, v.shape[1],
-            out_v.shape[1], OUT_RANK=_block_of(out_v), **_options(value, v),
+            out_v.shape[1], OUT_RANK=rank_block(out_v), **_options(value, v),
         )  # fmt: skip
         d_out_A = fp32_product(out_dv.t(), value, 1.0)
         dv = torch.mm(dwide, in_B)
@@ -103,11 +97,5 @@ def _grid(value: torch.Tensor) -> tuple[int, int]:
     return int(triton.cdiv(width, BLOCK["BLOCK_K"])), int(triton.cdiv(rows, BLOCK["BLOCK_T"]))
 
 
-def _block_of(v: torch.Tensor) -> int:
-    """The rank as tensor cores take it."""
-    return max(16, int(triton.next_power_of_2(v.shape[1])))
-
-
 def _options(value: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
-    exact = value.dtype == torch.float32 or not value.is_cuda
-    return {"EXACT": exact, "RANK": _block_of(v), **BLOCK}
+    return {"EXACT": multiplies_exactly(value), "RANK": rank_block(v), **BLOCK}

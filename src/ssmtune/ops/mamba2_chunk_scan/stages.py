@@ -13,6 +13,7 @@ import triton
 from ssmtune.ops.launch import launch
 from ssmtune.ops.mamba2_chunk_scan.backward_kernels import pass_back_kernel
 from ssmtune.ops.mamba2_chunk_scan.forward_kernels import pass_kernel, scores_kernel, states_kernel, steps_kernel
+from ssmtune.ops.precision import multiplies_exactly
 
 CHUNK = 64
 """Steps per chunk."""
@@ -80,11 +81,9 @@ class Shape:
 
 def shape_of(x_BTHP: torch.Tensor, B_BTGN: torch.Tensor, softplus: bool, limit: tuple[float, float]) -> Shape:
     """The sizes and switches of a call with these inputs."""
-    # Triton's interpreter, which is what runs on a CPU, multiplies fp32 only.
-    exact = x_BTHP.dtype == torch.float32 or not x_BTHP.is_cuda
     batch, num_steps, num_heads, width = x_BTHP.shape
     groups, state = B_BTGN.shape[2:]
-    return _shape(batch, num_steps, num_heads, width, groups, state, softplus, limit, exact)
+    return _shape(batch, num_steps, num_heads, width, groups, state, softplus, limit, multiplies_exactly(x_BTHP))
 
 
 _shape = lru_cache(maxsize=64)(Shape)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _activation(x, SILU: tl.constexpr):
+def activation(x, SILU: tl.constexpr):
     """The activation and its derivative."""
     if SILU:
         sigmoid = 1 / (1 + tl.exp(-x))
@@ -25,7 +25,7 @@ def activate_kernel(x_ptr, up_ptr, y_ptr, num_rows, width, x_row, up_row, SILU: 
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     x = tl.load(x_ptr + row * x_row + at, mask=inside, other=0.0).to(tl.float32)
-    y, _ = _activation(x, SILU)
+    y, _ = activation(x, SILU)
     if HAS_UP:
         y *= tl.load(up_ptr + row * up_row + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * width + at, y, mask=inside)
@@ -39,7 +39,7 @@ def activate_back_kernel(x_ptr, up_ptr, dy_ptr, dx_ptr, dup_ptr, y_ptr, num_rows
     inside = at < width
     x = tl.load(x_ptr + row * x_row + at, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _activation(x, SILU)
+    value, slope = activation(x, SILU)
     if HAS_UP:
         up = tl.load(up_ptr + row * up_row + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dup_ptr + row * dup_row + at, dy * value, mask=inside)
@@ -65,24 +65,26 @@ def dropout_kernel(x_ptr, y_ptr, num, seed, rate, ADD: tl.constexpr, BLOCK: tl.c
     tl.store(y_ptr + at, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def add_low_rank_kernel(y_ptr, v_ptr, factor_ptr, num_rows, width, rank, v_row, factor_col, factor_rank, alpha,
-                        EXACT: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
-    """Add alpha v [T, r] factor [r, O] to y [T, O], dense, in place. Grid (blocks of O, blocks of T).
-
-    A matrix product would do the same, but is slow where the inner dimension is so short.
-    """
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o, r = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.arange(0, RANK)
-    rows, cols, ranks = t < num_rows, o < width, r < rank
-    v = tl.load(v_ptr + t[:, None] * v_row + r[None, :], mask=rows[:, None] & ranks[None, :], other=0.0)
+@triton.jit
+def low_rank_product(v_ptr, factor_ptr, t, o, num_rows, width, rank, factor_col, factor_rank, EXACT: tl.constexpr,
+                     RANK: tl.constexpr):  # fmt: skip
+    """v [T, r] factor [r, O], fp32; v is dense. A matrix product would be slow where the inner dimension is so short."""
+    r = tl.arange(0, RANK)
+    v = tl.load(v_ptr + t[:, None] * rank + r[None, :], mask=(t < num_rows)[:, None] & (r < rank)[None, :], other=0.0)
     at = r[:, None] * factor_rank + o[None, :] * factor_col
-    factor = tl.load(factor_ptr + at, mask=ranks[:, None] & cols[None, :], other=0.0)
+    factor = tl.load(factor_ptr + at, mask=(r < rank)[:, None] & (o < width)[None, :], other=0.0)
     if EXACT:
-        product = tl.dot(v.to(tl.float32), factor.to(tl.float32), input_precision="tf32x3")
-    else:
-        product = tl.dot(v, factor)
+        return tl.dot(v.to(tl.float32), factor.to(tl.float32), input_precision="tf32x3")
+    return tl.dot(v, factor)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def add_low_rank_kernel(y_ptr, v_ptr, factor_ptr, num_rows, width, rank, factor_col, factor_rank, alpha,
+                        EXACT: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
+    """Add alpha v [T, r] factor [r, O] to y [T, O], both dense, in place. Grid (blocks of O, blocks of T)."""
+    t, o = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    product = low_rank_product(v_ptr, factor_ptr, t, o, num_rows, width, rank, factor_col, factor_rank, EXACT, RANK)
     where = t[:, None].to(tl.int64) * width + o[None, :]
-    inside = rows[:, None] & cols[None, :]
+    inside = (t < num_rows)[:, None] & (o < width)[None, :]
     y = tl.load(y_ptr + where, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + where, y + alpha * product, mask=inside)

@@ -13,6 +13,7 @@ import triton
 from torch.autograd.function import once_differentiable
 
 from ssmtune.ops.launch import launch
+from ssmtune.ops.precision import multiplies_exactly
 from ssmtune.ops.projection.before import Spec, drop, prepare, prepare_back, through_dropout
 from ssmtune.ops.projection.kernels import add_low_rank_kernel
 from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Prologue
@@ -41,9 +42,8 @@ def projection(
     A = B = rounded_A = rounded_B = None
     scale = dropout = 0.0
     if low_rank is not None:
-        A, B, scale, dropout, rounded = low_rank
-        if rounded is not None and not dropout:
-            rounded_A, rounded_B = rounded
+        A, B, scale, dropout, _ = low_rank
+        rounded_A, rounded_B = rounded_factors(low_rank, x.dtype)
     # From PyTorch's generator, which a recomputed layer finds as the first computation found it.
     seed = int(torch.randint(2**31, ())) if dropout else 0
     spec = Spec(kind, halves, eps, size, scale, multiplier, dropout, seed)
@@ -80,8 +80,6 @@ class _Projection(torch.autograd.Function):
             y = product(p, weight.t(), m)
         v = None
         if A is not None:
-            if rounded_A is None:
-                rounded_A, rounded_B = A.to(p.dtype), (B * spec.scale).to(p.dtype)
             v = torch.mm(drop(p, spec), rounded_A.t())
             add_low_rank(y, v, rounded_B.t(), m)
         ctx.save_for_backward(x, second, norm_weight, weight, rounded_A, rounded_B, v)
@@ -119,13 +117,25 @@ def _add_through_dropout(dp: torch.Tensor, dv: torch.Tensor, A: torch.Tensor, sp
     through_dropout(torch.mm(dv, A).mul_(spec.multiplier), dp, spec)
 
 
+def rounded_factors(low_rank: LowRank, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and scale * B in the products' dtype: rounded in advance where the caller did so, once for both passes."""
+    if low_rank.rounded is not None:
+        return low_rank.rounded
+    return low_rank.A.detach().to(dtype), (low_rank.B.detach() * low_rank.scale).to(dtype)
+
+
+def rank_block(v: torch.Tensor) -> int:
+    """Return the rank of a low-rank input [T, r] as tensor cores take it."""
+    return max(16, int(triton.next_power_of_2(v.shape[1])))
+
+
 def add_low_rank(y: torch.Tensor, v: torch.Tensor, factor: torch.Tensor, alpha: float) -> None:
-    """y [T, O] += alpha v [T, r] factor [r, O], in place."""
+    """y [T, O] += alpha v [T, r] factor [r, O], in place; y and v are dense."""
     rows, width = y.shape
-    launch(add_low_rank_kernel, (int(triton.cdiv(width, ADD_BLOCK["BLOCK_O"])), int(triton.cdiv(rows, ADD_BLOCK["BLOCK_T"]))),
-        y, v, factor, rows, width, v.shape[1], v.stride(0), factor.stride(1), factor.stride(0), alpha,
-        EXACT=y.dtype == torch.float32 or not y.is_cuda, RANK=max(16, int(triton.next_power_of_2(v.shape[1]))),
-        **ADD_BLOCK,
+    grid = int(triton.cdiv(width, ADD_BLOCK["BLOCK_O"])), int(triton.cdiv(rows, ADD_BLOCK["BLOCK_T"]))
+    launch(
+        add_low_rank_kernel, grid, y, v, factor, rows, width, v.shape[1], factor.stride(1), factor.stride(0), alpha,
+        EXACT=multiplies_exactly(y), RANK=rank_block(v), **ADD_BLOCK,
     )  # fmt: skip
 
 
