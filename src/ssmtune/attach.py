@@ -97,6 +97,12 @@ class AdaptedModel(PeftModelForCausalLM):
         """What of the base is in 4 bits, None where nothing is."""
         return quantized_of(self.base_model.model)
 
+    @property
+    def fast_layers(self) -> FastLayers:
+        """The rewritten layers that are under the model."""
+        layers: FastLayers = self._fast
+        return layers
+
     def use_fast_layers(self) -> FastLayers:
         """Put the family's rewritten layers under the model where they can serve, and say in `fast_block` what runs."""
         base: PreTrainedModel = self.base_model.model

@@ -22,6 +22,7 @@ from ssmtune.bench import BenchConfig
 from ssmtune.bench_profile import component_modules, component_shares
 from ssmtune.config import decode
 from ssmtune.errors import ConfigError
+from ssmtune.graphs import SWITCH
 from ssmtune.inventory import Inventory, take_inventory
 from ssmtune.memory import keep_activations
 from ssmtune.methods.base import get_method
@@ -91,6 +92,9 @@ def measure(config: BenchConfig, side: str) -> dict[str, Any]:
     step_s = [_timed(several, config.device)[1] / config.num_steps for _ in range(WINDOWS)]
     peak = peak_memory()
     before = {name: p.detach().clone() for name, p in trained.items()}
+    described = operations()
+    # A replayed pass is one operation to a profiler.
+    os.environ[SWITCH] = "off"
     shares = component_shares(step, modules, with_cuda=config.device == "cuda")
     return {
         "step_s": step_s,
@@ -101,7 +105,7 @@ def measure(config: BenchConfig, side: str) -> dict[str, Any]:
         "dead": sorted(name for name, p in trained.items() if torch.equal(before[name], p.detach())),
         "floor_s": floor_s,
         "components": shares,
-        "operations": operations,
+        "operations": described,
         "shape": shape,
         "threads": torch.get_num_threads(),
         # What else the machine was doing: processes that ran or waited, over the last minute.
@@ -135,28 +139,28 @@ def _batch(config: BenchConfig, vocab_size: int) -> torch.Tensor:
     return torch.randint(vocab_size, (rows, config.row_length), generator=generator).to(config.device)
 
 
-Prepared = tuple[dict[str, "nn.Parameter"], Callable[[torch.Tensor], torch.Tensor], str]
+Prepared = tuple[dict[str, "nn.Parameter"], Callable[[torch.Tensor], torch.Tensor], Callable[[], str]]
+"""Trained parameters, the loss of a batch, and what says what ran."""
 
 
 def _prepare_ssmtune(model: PreTrainedModel, plan: Plan, config: BenchConfig) -> Prepared:
     """Trained parameters, the loss of a batch, and what runs the operations: as `ssmtune train` does it."""
     from ssmtune.attach import attach
+    from ssmtune.graphs import use_graphs
     from ssmtune.head_loss import HeadLoss
 
     adapted = attach(model, plan).train()
     keep_activations(adapted, config.memory)
     head_loss = HeadLoss(adapted)
+    graphs = use_graphs(adapted)
 
     def loss_of(tokens_BT: torch.Tensor) -> torch.Tensor:
         rows, length = tokens_BT.shape
         positions = torch.arange(rows * length, device=tokens_BT.device).view(rows, length)[:, :-1].flatten()
-        position_ids = torch.arange(length, device=tokens_BT.device).expand(rows, -1)
         targets = tokens_BT[:, 1:].flatten()
-        return head_loss(adapted, {"input_ids": tokens_BT, "position_ids": position_ids}, positions, targets) / len(
-            targets
-        )
+        return head_loss(adapted, {"input_ids": tokens_BT}, positions, targets) / len(targets)
 
-    return adapted.trained_parameters(), loss_of, adapted.fast_block
+    return adapted.trained_parameters(), loss_of, lambda: f"{adapted.fast_block}; {graphs.describe()}"
 
 
 def _prepare_peer(model: PreTrainedModel, plan: Plan, config: BenchConfig) -> Prepared:
@@ -186,7 +190,7 @@ def _prepare_peer(model: PreTrainedModel, plan: Plan, config: BenchConfig) -> Pr
         loss: torch.Tensor = wrapped(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
         return loss
 
-    return {name: p for name, p in wrapped.named_parameters() if p.requires_grad}, loss_of, "transformers"
+    return {name: p for name, p in wrapped.named_parameters() if p.requires_grad}, loss_of, lambda: "transformers"
 
 
 def _make_step(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +17,7 @@ from ssmtune.errors import ConfigError, MissingDependency
 from ssmtune.families.base import find_family
 from ssmtune.op_cases import all_cases, case_errors
 from ssmtune.operations import install_operations
+from ssmtune.ops.backend import OPERATIONS, backends
 from ssmtune.ops.case import Case
 from ssmtune.records import environment
 from ssmtune.tasks.base import Task, get_task, messages, sample_examples, task_names
@@ -22,18 +28,19 @@ from ssmtune.verify.packing import compare_packed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-STAGES_BF16 = 2.0**-6
-"""For cases `in_stages`: half a dozen roundings of 2^-9 in a row, and products of what was rounded; a missing term costs a
-tenth or more."""
-
 LIMITS = {
     # Root mean square of the error, relative to that of the truth; inputs are rounded once and given to both.
     # fp32: decays are exp of differences of running sums over 64 steps, and gradients of A and dt_bias are what is left
     # of sums that nearly cancel: measured up to 1e-5. A wrong index or a missing term costs 1e-2 and more.
     torch.float32: 5e-5,
-    # bf16: the arithmetic is fp32, and one rounding of the result is left, which costs at most 2^-8 (measured 3e-3).
+    # bf16: the arithmetic is fp32, and one rounding of the result is left, which costs at most 2^-8 (measured 3e-3); as
+    # much for every further stage of an operation that rounds between its stages. A missing term costs a tenth or more.
     torch.bfloat16: 2.0**-8,
 }
+
+
+MAX_PROCESSES = 8
+"""Processes on a GPU: each takes a context of half a gigabyte, and a processor that compiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,14 +160,11 @@ def examine(device: str | None = None) -> DoctorReport:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r}: torch {torch.__version__} sees no GPU here. Use 'cpu'.")
-    cases = all_cases()
-    checks = {}
-    for operation in dict.fromkeys(case.operation for case in cases):
-        for dtype, limit in LIMITS.items():
-            name = f"{operation}/{str(dtype).removeprefix('torch.')}"
-            members = [case for case in cases if case.operation == operation]
-            wide = dtype == torch.bfloat16 and members[0].in_stages
-            checks[name] = _check(name, members, dtype, STAGES_BF16 if wide else limit, torch.device(device))
+    operations = dict.fromkeys(case.operation for case in all_cases())
+    names = [f"{operation}/{str(dtype).removeprefix('torch.')}" for operation in operations for dtype in LIMITS]
+    on_gpu = torch.device(device).type == "cuda"
+    # Compiling the kernels takes minutes one by one, and what breaks the GPU's context breaks one process.
+    checks = _measure_apart(names, device) if on_gpu else measure_operations(names, device)
     untried = []
     for name in task_names():
         # A task for training alone has no scorer.
@@ -170,7 +174,6 @@ def examine(device: str | None = None) -> DoctorReport:
             except MissingDependency as error:
                 untried.append(f"scorer/{name}: {error}")
     facts = environment()
-    on_gpu = torch.device(device).type == "cuda"
     return DoctorReport(
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         versions={"python": facts["python"], **facts["versions"]},
@@ -178,6 +181,40 @@ def examine(device: str | None = None) -> DoctorReport:
         known_bad=known_bad_here() if on_gpu else (),
         untried=tuple(untried),
     )
+
+
+def measure_operations(names: Sequence[str], device: str) -> dict[str, CheckResult]:
+    """Return the check of every name, "operation/dtype", one after the other in this process."""
+    checks = {}
+    for name in names:
+        operation, _, kind = name.partition("/")
+        dtype = getattr(torch, kind)
+        members = [case for case in all_cases() if case.operation == operation]
+        num_stages = members[0].stages
+        if operation in OPERATIONS and backends(device)[operation].name == "triton":
+            num_stages = max(num_stages, members[0].kernel_stages)
+        limit = LIMITS[dtype] * (num_stages if dtype == torch.bfloat16 else 1)
+        checks[name] = _check(name, members, dtype, limit, torch.device(device))
+    return checks
+
+
+def _measure_apart(names: Sequence[str], device: str) -> dict[str, CheckResult]:
+    """The same in several processes side by side; an operation whose process ends without an answer has failed."""
+    shares = [names[first::MAX_PROCESSES] for first in range(min(MAX_PROCESSES, len(names)))]
+    command = [sys.executable, "-m", "ssmtune.doctor", device]
+    running = [subprocess.Popen([*command, *share], stdout=PIPE, stderr=PIPE, text=True) for share in shares]
+    found: dict[str, CheckResult] = {}
+    for share, process in zip(shares, running, strict=True):
+        out, err = process.communicate()
+        answers = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        found |= {answer["name"]: CheckResult.from_dict(answer) for answer in answers}
+        problem = (err.strip().splitlines() or ["no message"])[-1]
+        for name in share:
+            lost = f"its process ended with {process.returncode}: {problem}"
+            found.setdefault(
+                name, CheckResult(name=name, ok=False, measured=math.inf, limit=0, where=lost, detail=lost)
+            )
+    return {name: found[name] for name in names}
 
 
 def known_bad_here() -> tuple[KnownBad, ...]:
@@ -268,3 +305,14 @@ def leak_test(model: PreTrainedModel) -> CheckResult:
         where=ours.where,
         detail=f"with ssmtune's operations: {ours.detail}. The model as transformers runs it {found}.",
     )
+
+
+def main(device: str, *names: str) -> int:
+    """Answer for some operations, one line of JSON each as soon as it is known."""
+    for name in names:
+        print(json.dumps(measure_operations([name], device)[name].to_dict()), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

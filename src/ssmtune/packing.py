@@ -30,8 +30,13 @@ def mark_documents(seq_idx: torch.Tensor) -> torch.Tensor:
     import torch
 
     mask = torch.ones_like(seq_idx, dtype=torch.long)
-    _documents()[mask] = seq_idx
+    mark_as(mask, seq_idx)
     return mask
+
+
+def mark_as(mask: torch.Tensor, seq_idx: torch.Tensor) -> None:
+    """Let a mask [B, T] stand for `seq_idx` [B, T]."""
+    _documents()[mask] = seq_idx
 
 
 def documents_of(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -62,7 +67,7 @@ class PackedCollator:
         """Return input_ids, labels (-100 where no loss is taken) and position_ids, each int64 [B, T]; and
 
         `loss_positions` int64 [n]: flat positions whose next token is a target; `targets` int64 [n]: those tokens;
-        `num_tokens`: tokens that are not padding.
+        `num_tokens`: tokens that are not padding; `is_packed`: whether any row holds more than one whole document.
         """
         import torch
 
@@ -88,4 +93,5 @@ class PackedCollator:
             "loss_positions": target_positions - 1,
             "targets": labels.flatten()[target_positions],
             "num_tokens": sum(len(row["input_ids"]) for row in rows),
+            "is_packed": any(list(row["seq_lengths"]) != [width] for row in rows),
         }

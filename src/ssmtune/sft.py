@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ssmtune import adapter_files
 from ssmtune.core_guard import DecayGuard
+from ssmtune.graphs import use_graphs
 from ssmtune.head_loss import HeadLoss
 from ssmtune.packing import PackedCollator
 from ssmtune.records import file_sha256, write_json
@@ -107,6 +108,7 @@ class EditTrainer(SFTTrainer):
         self.adapted = adapted
         self.groups = grouped_parameters(adapted)
         self.head_loss = HeadLoss(adapted)
+        self.graphs = use_graphs(adapted)
         self.guard = DecayGuard(adapted)
         self.schedules = Schedules(adapted)
         self.tokens_seen = 0
@@ -131,7 +133,9 @@ class EditTrainer(SFTTrainer):
         edits' penalty beside its own, so that a step has it once however its tokens are accumulated.
         """
         targets = inputs["targets"]
-        given = {name: inputs[name] for name in ("input_ids", "position_ids")}
+        # Positions only where there are documents to keep apart: finding none in them means waiting for the GPU.
+        names = ("input_ids", "position_ids") if inputs["is_packed"] else ("input_ids",)
+        given = {name: inputs[name] for name in names}
         total = self.head_loss(model, given, inputs["loss_positions"], targets)
         if self.model.training:
             self.tokens_seen += inputs["num_tokens"]

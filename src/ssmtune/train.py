@@ -130,6 +130,7 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
             adapted, stages = _warmed_up(config, adapted, data, record, progress, on_message)
             trainer = _make_trainer(config, adapted, data, record, progress)
             _run(trainer, on_message)
+            trainer.graphs.release()
             trainer.restore_best()
             adapted.save_pretrained(run_dir / "adapter", step=trainer.restored_step, run_id=record["run_id"])
             finished = record | {
@@ -142,6 +143,7 @@ def train(config: TrainConfig, *, on_message: Callable[[str], None] = print, pro
                 "gates": describe_gates(adapted),
                 "ranks": describe_ranks(adapted),
                 "core_held": trainer.guard.num_held,
+                "operations": f"{adapted.fast_block}; {trainer.graphs.describe()}",
                 "survival": survival(adapted),
                 "seconds": time.time() - started,
                 "peak_memory_bytes": peak_memory(),

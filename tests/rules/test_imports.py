@@ -52,6 +52,7 @@ ORDER = (
     {"attach", "adapter_files"},
     {"base_stream", "merged_files", "restore", "merge_difference"},
     {"head_loss", "memory"},
+    {"graphs"},
     {"row_merge"},
     {"merge", "core_report", "core_guard", "schedules", "widen", "compiled", "truncate", "adapters", "adapter_set"},
     {"training_data"},

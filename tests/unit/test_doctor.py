@@ -39,7 +39,7 @@ def test_every_operation_and_scorer_is_right_here() -> None:
     assert names == {
         *("causal_conv1d", "causal_conv1d_update", "mamba1_selective_scan", "mamba1_state_update"),
         *("mamba2_chunk_scan", "selective_state_update", "rg_lru", "rwkv_wkv", "mlstm", "gated_rms_norm"),
-        *("projection", "gated_mlp", "linear_cross_entropy", "mamba2_conv_scan"),
+        *("projection", "gated_mlp", "linear_cross_entropy", "mamba2_conv_scan", "mamba2_mixer"),
         *("gated_delta_rule", "gated_delta_rule_update", "gated_delta_rule_kda", "gated_delta_rule_kda_update"),
     }
     assert {name.partition("/")[2] for name in set(report.checks) - scorers} == {"float32", "bfloat16"}
@@ -126,3 +126,14 @@ def test_leak_test_shows_stock_and_ours_and_leaves_the_model_as_it_was() -> None
     assert not any("forward" in vars(module) for module in model.modules())
     llama = AutoModelForCausalLM.from_config(get_family("llama").tiny_configs()["dense"])
     assert "keeps packed documents apart" in doctor.leak_test(llama).detail
+
+
+def test_operations_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where compiling takes long; an operation that takes its process along has failed, and no other."""
+    names = ["gated_rms_norm/float32", "projection/float32", "no_such_operation/float32"]
+    monkeypatch.setattr(doctor, "MAX_PROCESSES", 2)
+    found = doctor._measure_apart(names, "cpu")
+    assert list(found) == names
+    assert [check.ok for check in found.values()] == [True, True, False]
+    assert found[names[0]] == doctor.measure_operations(names[:1], "cpu")[names[0]]
+    assert "its process ended with 1: IndexError" in found[names[2]].where

@@ -19,6 +19,7 @@ from ssmtune.ops.linear_cross_entropy import linear_cross_entropy
 from ssmtune.ops.linear_cross_entropy import triton as loss_kernels
 from ssmtune.ops.mamba2_chunk_scan import stages
 from ssmtune.ops.mamba2_conv_scan import cases as conv_scan_cases
+from ssmtune.ops.mamba2_mixer import cases as mixer_cases
 from ssmtune.ops.projection import LowRank, projection
 from ssmtune.ops.projection import before as projection_kernels
 from ssmtune.ops.projection import cases as projection_cases
@@ -178,3 +179,36 @@ def test_rounded_factors_are_what_they_round() -> None:
 
     found, expected = (with_gradients(lambda t, a=a: run(t, a), t, torch.float32) for a in (True, False))  # type: ignore[misc]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+MIXERS = {case.label: case for case in mixer_cases.cases()}
+
+
+@pytest.mark.parametrize("label", [label for label in MIXERS if "frozen" not in label])
+def test_mixer(label: str) -> None:
+    residual = not label.startswith("without residual")
+    check(
+        lambda t: mixer_cases.run(t, residual, backend="triton"),
+        lambda t: mixer_cases.truth(t, residual),
+        MIXERS[label].inputs,
+    )
+
+
+def test_mixer_of_the_first_layer() -> None:
+    """Embeddings ask for no gradient: the factors' gradients are the same without it."""
+    tensors = MIXERS["adapted, 67 steps"].inputs
+    first = {name: value for name, value in tensors.items() if name != "x"}
+    x = tensors["x"].float()
+    found = with_gradients(lambda t: mixer_cases.run(t | {"x": x}, True, backend="triton"), first, torch.float32)
+    expected = with_gradients(lambda t: mixer_cases.run(t, True, backend="triton"), tensors, torch.float32)
+    assert found.keys() == expected.keys() - {"gradient of x"}
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("label", MIXERS)
+def test_mixer_as_its_operations(label: str) -> None:
+    residual = not label.startswith("without residual")
+    check(lambda t: mixer_cases.run(t, residual), lambda t: mixer_cases.truth(t, residual), MIXERS[label].inputs)
+    if "frozen" in label:
+        with pytest.raises(ConfigError, match="has no low-rank term"):
+            mixer_cases.run({n: v.float() for n, v in MIXERS[label].inputs.items()}, residual, backend="triton")

@@ -34,6 +34,8 @@ def test_batch_holds_every_document_once_and_its_targets(rows: list[list[list[in
     assert batch["input_ids"].shape[1] % multiple_of == 0
     assert batch["num_tokens"] == sum(len(row["input_ids"]) for row in packed)
     segments = segment_index(batch["position_ids"])
+    # What a trainer reads instead of the positions.
+    assert batch["is_packed"] == bool((segments != 0).any())
     expected = []
     for index, documents in enumerate(rows):
         for number, document in enumerate(documents):

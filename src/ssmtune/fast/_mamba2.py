@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from ssmtune.fast._linear import weights_of
 from ssmtune.fast._marks import component
 from ssmtune.fast.base import Inside, project
-from ssmtune.ops.mamba2_conv_scan import mamba2_conv_scan
+from ssmtune.ops.mamba2_mixer import Adapted, Core, mamba2_mixer
 from ssmtune.ops.projection import Activated, Normed
 
 ACTIVATION = "silu"
@@ -22,36 +23,36 @@ def mixer_refusal(mixer: Any) -> str | None:
     return None
 
 
-def inner(mixer: Any, projected: torch.Tensor, inside: Inside) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scan's output [B, T, H P] and the gate z of the same shape, from what in_proj gave."""
-    sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
-    gate, xBC, dt = torch.split(projected, sizes, dim=-1)
+def core_of(mixer: Any) -> Core:
+    """What the scan of a mixer is given."""
     limit = mixer.time_step_limit
-    y = mamba2_conv_scan(
-        xBC,
-        dt,
+    return Core(
         -torch.exp(mixer.A_log.float()),
+        mixer.D,
+        mixer.dt_bias,
         mixer.conv1d.weight.squeeze(1),
         mixer.conv1d.bias,
-        groups=mixer.n_groups,
-        state=mixer.ssm_state_size,
-        D_H=mixer.D,
-        dt_bias_H=mixer.dt_bias,
-        dt_limit=(0.0, math.inf) if limit is None else tuple(limit),
-        seq_idx=inside.seq_idx,
+        mixer.n_groups,
+        mixer.ssm_state_size,
+        (0.0, math.inf) if limit is None else tuple(limit),
     )
-    return y, gate
 
 
 def mix(
-    mixer: Any, norm: Any, hidden: torch.Tensor, inside: Inside, *, residual: torch.Tensor | None, multiplier: float
+    mixer: Any, norm: Any, hidden: torch.Tensor, inside: Inside, *, residual: bool, multiplier: float
 ) -> torch.Tensor:
-    """Return residual + multiplier * mixer(norm(hidden)) for a mixer whose gated norm gates first."""
+    """Return multiplier * mixer(norm(hidden)), with `residual` beside hidden, for a mixer whose gated norm gates first."""
     with component("recurrent"):
-        projected = project(mixer.in_proj, hidden, prologue=Normed(norm.weight, norm.variance_epsilon))
-        y, gate = inner(mixer, projected, inside)
-        gated = Normed(mixer.norm.weight, mixer.norm.variance_epsilon, gate, mixer.norm.group_size)
-        return project(mixer.out_proj, y, prologue=gated, residual=residual, multiplier=multiplier)
+        own = mixer.norm
+        return mamba2_mixer(
+            hidden,
+            Adapted(Normed(norm.weight, norm.variance_epsilon), *weights_of(mixer.in_proj)),
+            core_of(mixer),
+            Adapted(Normed(own.weight, own.variance_epsilon, None, own.group_size), *weights_of(mixer.out_proj)),
+            residual=residual,
+            multiplier=multiplier,
+            seq_idx=inside.seq_idx,
+        )
 
 
 def gated_mlp(

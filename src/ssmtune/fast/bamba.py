@@ -21,7 +21,7 @@ def _refusal(layer: Any) -> str | None:
 def _run(layer: Any, hidden: torch.Tensor, inside: Inside) -> tuple[torch.Tensor, Any]:
     norm, weights = layer.input_layernorm, None
     if layer.block_type == "linear_attention":
-        hidden = mix(layer.mamba, norm, hidden, inside, residual=hidden, multiplier=1.0)
+        hidden = mix(layer.mamba, norm, hidden, inside, residual=True, multiplier=1.0)
     else:
         normed = gated_rms_norm(hidden, norm.weight, eps=norm.variance_epsilon)
         attended, weights = layer.self_attn(hidden_states=normed, **inside.given)

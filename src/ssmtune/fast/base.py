@@ -5,6 +5,7 @@ A rewritten layer runs whole sequences without a cache and without padding; any 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections import Counter
@@ -58,11 +59,12 @@ class FastLayers:
     """What was put under a model; `remove` restores it."""
 
     modules: list[nn.Module] = field(default_factory=list)
-    hooks: list[Any] = field(default_factory=list)
     num_layers: int = 0
     num_blocks: int = 0
     num_norms: int = 0
     factors: list[Factors] = field(default_factory=list)
+    replay: Callable[..., Any] | None = None
+    """(backbone, its forward, args, kwargs) -> output: what replays whole passes, where a trainer asked for it (`graphs`)."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Name of a layer -> why it keeps its own forward."""
 
@@ -71,10 +73,8 @@ class FastLayers:
         for module in self.modules:
             vars(module).pop("forward", None)
             vars(module).pop(ATTRIBUTE, None)
-        for hook in self.hooks:
-            hook.remove()
         self.modules.clear()
-        self.hooks.clear()
+        self.replay = None
 
     def describe(self) -> str:
         """Return one line: how many layers are rewritten, and why others are not."""
@@ -114,9 +114,27 @@ def install_fast(model: nn.Module, name: str, family: Family, plan: Plan) -> Fas
         else:
             continue
         installed.modules.append(module)
-    backbone = model.get_submodule(family.backbone)
-    installed.hooks.append(backbone.register_forward_pre_hook(lambda *_: round_factors(installed.factors)))
+    # Not `family.backbone`, which is the whole model where only that is given positions.
+    backbone: Any = model.base_model
+    backbone.forward = _backbone_forward(backbone, installed)
+    installed.modules.append(backbone)
     return installed
+
+
+def _backbone_forward(backbone: Any, installed: FastLayers) -> Callable[..., Any]:
+    own: Callable[..., Any] = backbone.forward
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        round_factors(installed.factors)
+        return own(*args, **kwargs)
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if installed.replay is None:
+            return compute(*args, **kwargs)
+        return installed.replay(backbone, compute, args, kwargs)
+
+    return forward
 
 
 def _decoder_layers(model: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:

@@ -27,7 +27,7 @@ def _refusal(layer: Any) -> str | None:
 def _run(layer: Any, hidden: torch.Tensor, inside: Inside) -> torch.Tensor:
     multiplier, norm, mlp = layer.residual_multiplier, layer.input_layernorm, layer.shared_mlp
     if layer.mamba is not None:
-        hidden = mix(layer.mamba, norm, hidden, inside, residual=hidden, multiplier=multiplier)
+        hidden = mix(layer.mamba, norm, hidden, inside, residual=True, multiplier=multiplier)
     else:
         normed = gated_rms_norm(hidden, norm.weight, eps=norm.variance_epsilon)
         attended, _ = layer.self_attn(hidden_states=normed, **inside.given)

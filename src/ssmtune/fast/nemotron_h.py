@@ -31,7 +31,7 @@ def _run(layer: Any, hidden: torch.Tensor, inside: Inside) -> torch.Tensor:
     norm, mixer = layer.norm, layer.mixer
     hidden = hidden.to(norm.weight.dtype)
     if layer.block_type == "linear_attention":
-        return mix(mixer, norm, hidden, inside, residual=hidden, multiplier=1.0)
+        return mix(mixer, norm, hidden, inside, residual=True, multiplier=1.0)
     if layer.block_type == "full_attention":
         normed = gated_rms_norm(hidden, norm.weight, eps=norm.variance_epsilon)
         attended: torch.Tensor = mixer(hidden_states=normed, **inside.given)[0]

@@ -29,6 +29,7 @@ OPERATIONS = (
     "mamba1_state_update",
     "mamba2_chunk_scan",
     "mamba2_conv_scan",
+    "mamba2_mixer",
     "projection",
     "selective_state_update",
 )

@@ -19,7 +19,8 @@ Function = Callable[[Tensors], Tensors]
 class Case:
     """One operation with one set of inputs: the function under test, its truth, and the inputs in fp64.
 
-    `in_stages`: the operation rounds to the inputs' dtype between its stages, as the layers that it stands for do.
+    `stages`: how often the operation rounds to the inputs' dtype in a row, as the layers that it stands for do;
+    `kernel_stages`: how often its kernels do, where that is more.
     """
 
     operation: str
@@ -27,7 +28,8 @@ class Case:
     function: Function
     truth: Function
     inputs: Tensors
-    in_stages: bool = False
+    stages: int = 1
+    kernel_stages: int = 1
 
 
 def sequence_cases(
@@ -38,6 +40,7 @@ def sequence_cases(
     *,
     state: str,
     options: Mapping[str, Any],
+    kernel_stages: int = 1,
 ) -> list[Case]:
     """Return the cases of an operation over sequences: odd lengths, packed, padded, continued, and their pairs.
 
@@ -65,6 +68,7 @@ def sequence_cases(
                 function=named_outputs(function, options),
                 truth=named_outputs(recurrence, options),
                 inputs=kept | extra,
+                kernel_stages=kernel_stages,
             )
         )
     return cases

@@ -87,23 +87,65 @@ def _padded(window: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Ten
     return (mask.cumsum(1) == 0).sum(1, dtype=torch.int32)
 
 
+def run_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, silu: bool, seq: Any, mask: Any = None
+) -> torch.Tensor:
+    """Return the convolution from zeros, [B, C, T] with the contiguous dimension of `x`; no gradient is followed."""
+    y = _like(x, x.dtype)
+    grid, blocks = _launch(x)
+    launch(forward_kernel, grid,
+        x, weight, bias, seq, mask, y, x.shape[-1], x.shape[1], *x.stride(), *y.stride(), *weight.stride(),
+        **_switches(weight, bias, silu, seq, mask), **blocks,
+    )  # fmt: skip
+    return y
+
+
+def run_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    silu: bool,
+    seq: Any,
+    into: torch.Tensor,
+    mask: Any = None,
+    padded: torch.Tensor | None = None,
+    trains: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the gradient of x `into` [B, C, T], any strides; return those of weight and bias, fp32, empty unless `trains`.
+
+    `padded` [B]: there is a window, whose share of the first steps is left to its own kernel.
+    """
+    grid, blocks = _launch(x)
+    batch, channels, steps = x.shape
+    taps = weight.shape[-1]
+    sums = (batch, grid[0], channels) if trains else (0,)
+    dweight = torch.empty(*sums, taps, dtype=torch.float32, device=x.device)
+    dbias = torch.empty(sums, dtype=torch.float32, device=x.device)
+    grad = _like(x, torch.float32)
+    launch(gradient_kernel, grid,
+        x, weight, bias, seq, mask, padded, dy, grad, steps, channels, *x.stride(), *dy.stride(), *grad.stride(),
+        *weight.stride(), HAS_WINDOW=padded is not None, **_switches(weight, bias, silu, seq, mask), **blocks,
+    )  # fmt: skip
+    launch(backward_kernel, grid,
+        x, weight, seq, mask, grad, into, dweight, dbias, steps, channels, *x.stride(), *grad.stride(), *into.stride(),
+        *weight.stride(), K=taps, HAS_SEQ=seq is not None, HAS_MASK=mask is not None, TRAINS=trains, **blocks,
+    )  # fmt: skip
+    return (dweight.sum((0, 1)), dbias.sum((0, 1))) if trains else (dweight, dbias)
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, window: Any, silu: bool, seq: Any, mask: Any) -> torch.Tensor:
         padded = _padded(window, mask)
         ctx.save_for_backward(x, weight, bias, window, seq, mask, padded)
         ctx.silu = silu
-        y = _like(x, x.dtype)
-        grid, blocks = _launch(x)
-        options = _switches(weight, bias, silu, seq, mask)
-        launch(forward_kernel, grid,
-            x, weight, bias, seq, mask, y, x.shape[-1], x.shape[1], *x.stride(), *y.stride(), *weight.stride(),
-            **options, **blocks,
-        )  # fmt: skip
+        y = run_forward(x, weight, bias, silu=silu, seq=seq, mask=mask)
         if window is not None:
             launch(window_kernel, (-(-x.shape[1] // 32), x.shape[0]),
                 x, weight, bias, window, seq, mask, padded, y, x.shape[-1], x.shape[1], *x.stride(), *y.stride(),
-                *weight.stride(), *window.stride(), **options, **_head(weight, 2),
+                *weight.stride(), *window.stride(), **_switches(weight, bias, silu, seq, mask), **_head(weight, 2),
             )  # fmt: skip
         return y
 
@@ -111,33 +153,20 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, weight, bias, window, seq, mask, padded = ctx.saved_tensors
-        grid, blocks = _launch(x)
         batch, channels, steps = x.shape
         taps, trains = weight.shape[-1], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        options = _switches(weight, bias, ctx.silu, seq, mask)
         dx, dwindow = _like(x, x.dtype), None
-        sums = (batch, grid[0], channels) if trains else (0,)
-        dweight = torch.empty(*sums, taps, dtype=torch.float32, device=x.device)
-        dbias = torch.empty(sums, dtype=torch.float32, device=x.device)
-        grad = _like(x, torch.float32)
-        launch(gradient_kernel, grid,
-            x, weight, bias, seq, mask, padded, dy, grad, steps, channels, *x.stride(), *dy.stride(), *grad.stride(),
-            *weight.stride(), HAS_WINDOW=window is not None, **options, **blocks,
-        )  # fmt: skip
-        launch(backward_kernel, grid,
-            x, weight, seq, mask, grad, dx, dweight, dbias, steps, channels, *x.stride(), *grad.stride(), *dx.stride(),
-            *weight.stride(), K=taps, HAS_SEQ=seq is not None, HAS_MASK=mask is not None, TRAINS=trains, **blocks,
-        )  # fmt: skip
-        if trains:
-            dweight, dbias = dweight.sum((0, 1)), dbias.sum((0, 1))
+        dweight, dbias = run_backward(
+            dy, x, weight, bias, silu=ctx.silu, seq=seq, into=dx, mask=mask, padded=padded, trains=trains
+        )
         if window is not None:
             dwindow = torch.empty(window.shape, dtype=window.dtype, device=x.device)
             added = torch.empty(batch, channels, taps, dtype=torch.float32, device=x.device)
             added_bias = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
             launch(window_back_kernel, (-(-channels // 32), batch),
                 x, weight, bias, window, seq, mask, padded, dy, dx, dwindow, added, added_bias, steps, channels,
-                *x.stride(), *dy.stride(), *dx.stride(), *weight.stride(), *window.stride(), **options,
-                **_head(weight, 3),
+                *x.stride(), *dy.stride(), *dx.stride(), *weight.stride(), *window.stride(),
+                **_switches(weight, bias, ctx.silu, seq, mask), **_head(weight, 3),
             )  # fmt: skip
             if trains:
                 dweight, dbias = dweight + added.sum(0), dbias + added_bias.sum(0)

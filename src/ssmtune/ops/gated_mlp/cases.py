@@ -28,7 +28,7 @@ def cases() -> list[Case]:
     return [
         Case(
             operation="gated_mlp",
-            in_stages=True,
+            stages=4,
             label=label,
             function=lambda t: {"output": run(t)},
             truth=lambda t: {"output": truth(t)},

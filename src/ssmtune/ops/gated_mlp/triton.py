@@ -85,10 +85,9 @@ class _Mlp(torch.autograd.Function):
         dp = torch.mm(dwide, in_weight)
         add_low_rank(dp, dv, in_A, 1.0)
         rows = x.reshape(-1, x.shape[-1])
-        dx, _, _, p = norms.run_backward(dp, rows, norm_weight, None, eps, norm_weight.shape[0], again=True)
+        dx, _, _, p = norms.run_backward(dp, rows, norm_weight, None, eps, norm_weight.shape[0], again=True, added=flat)
         assert p is not None
         d_in_A = fp32_product(dv.t(), p, 1.0)
-        dx.add_(flat)
         return dx.view(x.shape), None, None, None, d_in_A, d_in_B, d_out_A, d_out_B, *(None,) * 5
 
 

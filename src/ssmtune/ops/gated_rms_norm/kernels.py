@@ -30,10 +30,13 @@ def norm_kernel(x_ptr, gate_ptr, weight_ptr, y_ptr, num_rows, size, x_row, gate_
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_each"])
-def norm_back_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr, y_ptr, num_rows, rows_each,
-                     size, x_row, gate_row, dy_row, dx_row, eps, HAS_GATE: tl.constexpr, TRAINS: tl.constexpr,
-                     AGAIN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def norm_back_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr, y_ptr, added_ptr, num_rows,
+                     rows_each, size, x_row, gate_row, dy_row, dx_row, dgate_row, added_row, eps,
+                     HAS_GATE: tl.constexpr, TRAINS: tl.constexpr, AGAIN: tl.constexpr, ADDS: tl.constexpr,
+                     BLOCK: tl.constexpr):  # fmt: skip
     """Write dx and dgate, with TRAINS dweight by program [programs, D], with AGAIN the forward's result, dense.
+
+    With ADDS, `added` is added to dx where there is no gate.
 
     Grid (programs, groups).
     """
@@ -57,8 +60,10 @@ def norm_back_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dwe
         if HAS_GATE:
             silu = gate * sigmoid
             tl.store(dx_ptr + row * dx_row + at, dvalue * silu, mask=inside)
-            tl.store(dgate_ptr + row * dx_row + at, dvalue * x * (sigmoid + silu * (1 - sigmoid)), mask=inside)
+            tl.store(dgate_ptr + row * dgate_row + at, dvalue * x * (sigmoid + silu * (1 - sigmoid)), mask=inside)
         else:
+            if ADDS:
+                dvalue += tl.load(added_ptr + row * added_row + at, mask=inside, other=0.0).to(tl.float32)
             tl.store(dx_ptr + row * dx_row + at, dvalue, mask=inside)
     if TRAINS:
         width = tl.num_programs(1) * size

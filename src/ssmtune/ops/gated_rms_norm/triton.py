@@ -48,19 +48,29 @@ def run_backward(
     *,
     trains: bool = False,
     again: bool = False,
+    dgate: torch.Tensor | None = None,
+    added: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradients of x, of the gate, with `trains` of the weight, fp32, and with `again` the forward's result."""
+    """Return the gradients of x, of the gate, with `trains` of the weight, fp32, and with `again` the forward's result.
+
+    The gate's gradient is written into `dgate` where that is given; without a gate `added` is added to that of x.
+    """
+    assert gate is None or added is None
     rows, gates, upstream = as_rows(x), None if gate is None else as_rows(gate), as_rows(dy)
+    others = None if added is None else as_rows(added)
     num_rows, width = rows.shape
     programs = min(num_rows, MAX_PROGRAMS)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
+    if gate is not None and dgate is None:
+        dgate = torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
+    gate_grads = None if dgate is None else dgate.flatten(0, -2)
     dweight = torch.empty(programs, width, dtype=torch.float32, device=x.device) if trains else None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if again else None
     launch(norm_back_kernel, (programs, width // size),
-        rows, gates, weight, upstream, dx, dgate, dweight, y, num_rows, -(-num_rows // programs), size,
-        rows.stride(0), 0 if gates is None else gates.stride(0), upstream.stride(0), width, eps,
-        HAS_GATE=gate is not None, TRAINS=trains, AGAIN=again, **_block(size),
+        rows, gates, weight, upstream, dx, gate_grads, dweight, y, others, num_rows, -(-num_rows // programs), size,
+        *(0 if t is None else t.stride(0) for t in (rows, gates, upstream)), width,
+        *(0 if t is None else t.stride(0) for t in (gate_grads, others)), eps,
+        HAS_GATE=gate is not None, TRAINS=trains, AGAIN=again, ADDS=added is not None, **_block(size),
     )  # fmt: skip
     return dx, dgate, None if dweight is None else dweight.sum(0), y
 

@@ -15,7 +15,7 @@ def cases() -> list[Case]:
     return [
         Case(
             operation="linear_cross_entropy",
-            in_stages=True,
+            stages=4,
             label=f"{num} token{'s' * (num > 1)}",
             function=lambda t: {"loss": linear_cross_entropy(t["hidden"], t["weight"].detach(), t["targets"])},
             truth=lambda t: {"loss": _truth(t)},

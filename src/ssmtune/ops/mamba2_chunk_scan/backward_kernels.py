@@ -200,7 +200,8 @@ def readouts_kernel(scores_grad_ptr, through_B_ptr, through_C_ptr, B_ptr, C_ptr,
 
 @triton.jit(do_not_specialize=["num_steps"])
 def steps_back_kernel(dt_ptr, bias_ptr, A_ptr, mask_ptr, step_ptr, direct_ptr, between_ptr, before_ptr, after_ptr,
-                      through_ptr, ddt_ptr, sums_ptr, num_steps, num_heads, low, high, dt_b, dt_t, dt_h,
+                      through_ptr, ddt_ptr, sums_ptr, num_steps, num_heads, ddt_b, ddt_t, ddt_h, low,
+                      high, dt_b, dt_t, dt_h,
                       SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
                       BLOCKS_N: tl.constexpr, BLOCKS: tl.constexpr, L: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """Write ddt [B, T, H], and dA and dbias by chunk, [2, B, c, H]. Grid (chunks, blocks of heads, batch).
@@ -241,5 +242,5 @@ def steps_back_kernel(dt_ptr, bias_ptr, A_ptr, mask_ptr, step_ptr, direct_ptr, b
     ddt = tl.where(counts, ddt, 0.0)
     if HAS_BIAS:
         tl.store(sums_ptr + every, tl.sum(ddt, axis=0), mask=h < num_heads)
-    where = (batch * num_steps + t[:, None]) * num_heads + h[None, :]
+    where = batch * ddt_b + t[:, None].to(tl.int64) * ddt_t + h[None, :] * ddt_h
     tl.store(ddt_ptr + where, ddt, mask=(h < num_heads)[None, :] & (t < num_steps)[:, None])

@@ -25,7 +25,13 @@ def inputs(generator: torch.Generator, num_steps: int) -> Tensors:
 
 
 def cases() -> list[Case]:
-    """Return the cases of the scan."""
+    """Return the cases of the scan; its kernels round states, gradients of states and operands of products between them."""
     return sequence_cases(
-        "mamba2_chunk_scan", mamba2_chunk_scan, mamba2_recurrence, inputs, state="initial_states_BHPN", options=OPTIONS
+        "mamba2_chunk_scan",
+        mamba2_chunk_scan,
+        mamba2_recurrence,
+        inputs,
+        state="initial_states_BHPN",
+        options=OPTIONS,
+        kernel_stages=4,
     )

@@ -103,17 +103,18 @@ def run_forward(shape: Shape, t: Inputs) -> tuple[torch.Tensor, torch.Tensor, Sm
 
 @dataclass(frozen=True)
 class Into:
-    """Where the gradients of x, B and C are written: any strides, a contiguous last dimension."""
+    """Where the gradients of x, B, C and dt are written: any strides, of the first three a contiguous last dimension."""
 
     dx: torch.Tensor
     dB: torch.Tensor
     dC: torch.Tensor
+    ddt: torch.Tensor
 
 
 def run_backward(
     s: Shape, t: Inputs, small: Small, dy: torch.Tensor, final_grad: torch.Tensor | None, into: Into
 ) -> tuple[Any, ...]:
-    """Write the gradients of x, B and C; return those of dt, A, D, the bias and the initial state, None for what is absent.
+    """Write the gradients of x, B, C and dt; return those of A, D, the bias and the initial state, None for what is absent.
 
     States are computed again.
     """
@@ -159,14 +160,12 @@ def run_backward(
         *t.C.stride()[:3], *into.dB.stride()[:3], *into.dC.stride()[:3], SPLITS=SPLITS, L=stages.CHUNK,
         BLOCK_N=s.block_n, EXACT=s.exact, **LAUNCH,
     )  # fmt: skip
-    ddt = torch.empty(t.dt.shape, dtype=t.dt.dtype, device=device)
     launch(steps_back_kernel, (s.chunks, -(-s.heads // 16), s.batch),
-        t.dt, t.bias, t.A, t.mask, step, direct, between, before, after, through, ddt, sums, s.steps, s.heads,
-        BLOCKS_N=s.blocks_n, BLOCKS=through.shape[2], **s.steps_options(t.dt, t.bias, t.mask), **LAUNCH,
+        t.dt, t.bias, t.A, t.mask, step, direct, between, before, after, through, into.ddt, sums, s.steps, s.heads,
+        *into.ddt.stride(), BLOCKS_N=s.blocks_n, BLOCKS=through.shape[2], **s.steps_options(t.dt, t.bias, t.mask), **LAUNCH,
     )  # fmt: skip
     dA, dbias, dD = sums.sum((1, 2)).unbind()
     return (
-        ddt,
         dA.to(t.A.dtype),
         None if t.D is None else dD.to(t.D.dtype),
         None if t.bias is None else dbias.to(t.bias.dtype),
@@ -189,10 +188,10 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Any, final_grad: Any) -> tuple[Any, ...]:
         *tensors, step, decay, scores = ctx.saved_tensors
         t = _dense(*tensors)
-        into = Into(*(torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (t.x, t.B, t.C)))
+        into = Into(*(torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (t.x, t.B, t.C, t.dt)))
         dy = torch.zeros_like(into.dx) if dy is None else dense_rows(dy)
-        ddt, dA, dD, dbias, initial_grad = run_backward(ctx.shape, t, (step, decay, scores), dy, final_grad, into)
-        return into.dx, ddt, dA, into.dB, into.dC, dD, dbias, initial_grad, None, None, None
+        dA, dD, dbias, initial_grad = run_backward(ctx.shape, t, (step, decay, scores), dy, final_grad, into)
+        return into.dx, into.ddt, dA, into.dB, into.dC, dD, dbias, initial_grad, None, None, None
 
 
 def _dense(x: Any, dt: Any, A: Any, B: Any, C: Any, *others: Any) -> Inputs:

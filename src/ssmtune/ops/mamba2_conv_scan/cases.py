@@ -22,7 +22,7 @@ def cases() -> list[Case]:
     return [
         Case(
             operation="mamba2_conv_scan",
-            in_stages=True,
+            stages=4,
             label=label,
             function=lambda t: {"output": run(t, dt_limit=(0.01, 1.5))},
             truth=lambda t: {"output": truth(t, (0.01, 1.5))},

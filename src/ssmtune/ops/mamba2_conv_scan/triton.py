@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ssmtune.ops.causal_conv1d.triton import causal_conv1d
+from ssmtune.ops.causal_conv1d import triton as convolution
 from ssmtune.ops.mamba2_chunk_scan.stages import shape_of
 from ssmtune.ops.mamba2_chunk_scan.triton import Inputs, Into, run_backward, run_forward
 from ssmtune.ops.mamba2_conv_scan.reference import split
@@ -43,7 +43,7 @@ class _ConvScan(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         ctx.sizes = A.shape[0], groups, state
         ctx.limit = limit
-        x, B, C = split(_convolve(xBC, weight, bias, seq), *ctx.sizes)
+        x, B, C = split(convolve(xBC, weight, bias, seq), *ctx.sizes)
         given = Inputs(x, dt, A, B, C, D, dt_bias, None, seq, None)
         y, _, small = run_forward(shape_of(x, B, True, limit), given)
         ctx.save_for_backward(xBC, dt, A, weight, bias, D, dt_bias, seq, *small)
@@ -52,30 +52,62 @@ class _ConvScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        xBC, dt, A, weight, bias, D, dt_bias, seq, step, decay, scores = ctx.saved_tensors
-        read = [t for t in (xBC, weight, bias) if t is not None]
-        needed = [ctx.needs_input_grad[i] for i, t in ((0, xBC), (3, weight), (4, bias)) if t is not None]
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_(needs) for t, needs in zip(read, needed, strict=True)]
-            mixed = _convolve(leaves[0], leaves[1], None if bias is None else leaves[2], seq)
-        x, B, C = split(mixed.detach(), *ctx.sizes)
-        dmixed = torch.empty_like(mixed)
-        into = Into(*split(dmixed, *ctx.sizes))
-        ddt, dA, dD, ddt_bias, _ = run_backward(
-            shape_of(x, B, True, ctx.limit),
-            Inputs(x, dt, A, B, C, D, dt_bias, None, seq, None),
-            (step, decay, scores),
-            dy.contiguous().view(x.shape),
-            None,
-            into,
+        xBC, dt, A, weight, bias, D, dt_bias, seq, *small = ctx.saved_tensors
+        dxBC, ddt = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (xBC, dt))
+        needs = ctx.needs_input_grad
+        dA, dD, ddt_bias, dweight, dbias = conv_scan_backward(
+            dy, xBC, dt, A, weight, bias, D, dt_bias, seq, small, ctx.sizes, ctx.limit, dxBC, ddt,
+            trains=needs[3] or needs[4],
+        )  # fmt: skip
+        return (
+            dxBC,
+            ddt,
+            dA,
+            dweight.to(weight.dtype) if needs[3] else None,
+            dbias.to(bias.dtype) if needs[4] else None,
+            dD,
+            ddt_bias,
+            *(None,) * 4,
         )
-        asked = [leaf for leaf, needs in zip(leaves, needed, strict=True) if needs]
-        found = iter(torch.autograd.grad(mixed, asked, dmixed) if asked else ())
-        by_leaf = iter([next(found) if needs else None for needs in needed])
-        dxBC, dweight, dbias = next(by_leaf), next(by_leaf), None if bias is None else next(by_leaf)
-        return dxBC, ddt, dA, dweight, dbias, dD, ddt_bias, None, None, None, None
 
 
-def _convolve(xBC: torch.Tensor, weight: torch.Tensor, bias: Any, seq: Any) -> torch.Tensor:
-    """The convolution's output [B, T, C], channels last."""
-    return causal_conv1d(xBC.transpose(1, 2), weight, bias, "silu", seq_idx=seq).transpose(1, 2)
+def convolve(xBC: torch.Tensor, weight: torch.Tensor, bias: Any, seq: Any) -> torch.Tensor:
+    """Return the convolution's output [B, T, C], channels last; no gradient is followed."""
+    return convolution.run_forward(xBC.transpose(1, 2), weight, bias, silu=True, seq=seq).transpose(1, 2)
+
+
+def conv_scan_backward(
+    dy: torch.Tensor,
+    xBC: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Any,
+    D: Any,
+    dt_bias: Any,
+    seq: Any,
+    small: Any,
+    sizes: tuple[int, int, int],
+    limit: tuple[float, float],
+    dxBC: torch.Tensor,
+    ddt: torch.Tensor,
+    *,
+    trains: bool,
+) -> tuple[torch.Tensor, Any, Any, torch.Tensor, torch.Tensor]:
+    """Write the gradients of xBC and dt, any strides; return those of A, D, dt_bias, and with `trains` of the convolution."""
+    mixed = convolve(xBC, weight, bias, seq)
+    x, B, C = split(mixed, *sizes)
+    dmixed = torch.empty_like(mixed)
+    dA, dD, ddt_bias, _ = run_backward(
+        shape_of(x, B, True, limit),
+        Inputs(x, dt, A, B, C, D, dt_bias, None, seq, None),
+        tuple(small),
+        dy.contiguous().view(x.shape),
+        None,
+        Into(*split(dmixed, *sizes), ddt),
+    )
+    dweight, dbias = convolution.run_backward(
+        dmixed.transpose(1, 2), xBC.transpose(1, 2), weight, bias, silu=True, seq=seq, into=dxBC.transpose(1, 2),
+        trains=trains,
+    )  # fmt: skip
+    return dA, dD, ddt_bias, dweight, dbias

@@ -25,7 +25,6 @@ class Spec(NamedTuple):
     scale: float
     multiplier: float
     dropout: float
-    seed: int
 
 
 def prepare(x: torch.Tensor, second: Any, norm_weight: Any, spec: Spec) -> torch.Tensor:
@@ -74,19 +73,18 @@ def _parts(x: torch.Tensor, second: torch.Tensor | None, spec: Spec) -> tuple[to
     return rows, None if second is None else norm.as_rows(second)
 
 
-def drop(p: torch.Tensor, spec: Spec) -> torch.Tensor:
-    """What the low-rank term reads: the same elements dropped at every call with the same seed."""
-    if not spec.dropout:
+def drop(p: torch.Tensor, seed: torch.Tensor | None, rate: float) -> torch.Tensor:
+    """What the low-rank term reads: the same elements dropped at every call with the same seed [1], all kept without one."""
+    if seed is None:
         return p
     out, p = torch.empty_like(p), p.contiguous()
-    launch(dropout_kernel, _blocks(p), p, out, p.numel(), spec.seed, spec.dropout, ADD=False, **BLOCK)
+    launch(dropout_kernel, _blocks(p), p, out, seed, p.numel(), rate, ADD=False, **BLOCK)
     return out
 
 
-def through_dropout(gradient: torch.Tensor, into: torch.Tensor, spec: Spec) -> None:
+def through_dropout(gradient: torch.Tensor, into: torch.Tensor, seed: torch.Tensor, rate: float) -> None:
     """Add to `into` what of a gradient passes the elements that were kept."""
-    grid = _blocks(into)
-    launch(dropout_kernel, grid, gradient, into, into.numel(), spec.seed, spec.dropout, ADD=True, **BLOCK)
+    launch(dropout_kernel, _blocks(into), gradient, into, seed, into.numel(), rate, ADD=True, **BLOCK)
 
 
 def _grid(first: torch.Tensor) -> tuple[int, int]:

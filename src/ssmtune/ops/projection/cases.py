@@ -37,7 +37,7 @@ def cases() -> list[Case]:
     return [
         Case(
             operation="projection",
-            in_stages=True,
+            stages=4,
             label=label,
             function=lambda t, kind=kind: {"output": run(t, kind)},  # type: ignore[misc]
             truth=lambda t, kind=kind: {"output": truth(t, kind)},  # type: ignore[misc]

@@ -50,16 +50,16 @@ def activate_back_kernel(x_ptr, up_ptr, dy_ptr, dx_ptr, dup_ptr, y_ptr, num_rows
         tl.store(y_ptr + row * width + at, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def dropout_kernel(x_ptr, y_ptr, num, seed, rate, ADD: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit
+def dropout_kernel(x_ptr, y_ptr, seed_ptr, num, rate, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """Write x with a share `rate` of its elements zero and the others scaled up, or with ADD add that to y.
 
-    Which ones follows from `seed` and the element's number alone. Grid (blocks of elements).
+    Which ones follows from the seed and the element's number alone. Grid (blocks of elements).
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    value = tl.where(tl.rand(seed, at.to(tl.int32)) >= rate, x / (1 - rate), 0.0)
+    value = tl.where(tl.rand(tl.load(seed_ptr), at.to(tl.int32)) >= rate, x / (1 - rate), 0.0)
     if ADD:
         value += tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, value, mask=inside)

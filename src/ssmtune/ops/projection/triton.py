@@ -44,11 +44,12 @@ def projection(
     if low_rank is not None:
         A, B, scale, dropout, _ = low_rank
         rounded_A, rounded_B = rounded_factors(low_rank, x.dtype)
-    # From PyTorch's generator, which a recomputed layer finds as the first computation found it.
-    seed = int(torch.randint(2**31, ())) if dropout else 0
-    spec = Spec(kind, halves, eps, size, scale, multiplier, dropout, seed)
+    # From the device's own generator, which a recomputed layer finds as the first computation found it, and left on the
+    # device: nothing waits for it, and a recorded pass draws anew.
+    seed = torch.randint(2**31, (1,), device=x.device) if dropout else None
+    spec = Spec(kind, halves, eps, size, scale, multiplier, dropout)
     y: torch.Tensor = _Projection.apply(  # type: ignore[no-untyped-call]
-        x, second, norm_weight, weight_OI, bias_O, A, B, residual, rounded_A, rounded_B, spec
+        x, second, norm_weight, weight_OI, bias_O, A, B, residual, rounded_A, rounded_B, seed, spec
     )
     return y
 
@@ -67,6 +68,7 @@ class _Projection(torch.autograd.Function):
         residual: Any,
         rounded_A: Any,
         rounded_B: Any,
+        seed: Any,
         spec: Spec,
     ) -> torch.Tensor:
         p = prepare(x, second, norm_weight, spec).flatten(0, -2)
@@ -80,16 +82,16 @@ class _Projection(torch.autograd.Function):
             y = product(p, weight.t(), m)
         v = None
         if A is not None:
-            v = torch.mm(drop(p, spec), rounded_A.t())
+            v = torch.mm(drop(p, seed, spec.dropout), rounded_A.t())
             add_low_rank(y, v, rounded_B.t(), m)
-        ctx.save_for_backward(x, second, norm_weight, weight, rounded_A, rounded_B, v)
+        ctx.save_for_backward(x, second, norm_weight, weight, rounded_A, rounded_B, v, seed)
         ctx.spec, ctx.lead = spec, x.shape[:-1]
         return y.view(*ctx.lead, weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        x, second, norm_weight, weight, A, B, v = ctx.saved_tensors
+        x, second, norm_weight, weight, A, B, v, seed = ctx.saved_tensors
         spec: Spec = ctx.spec
         m = spec.multiplier
         flat = dy.reshape(-1, weight.shape[0])
@@ -102,19 +104,19 @@ class _Projection(torch.autograd.Function):
         if needs_x:
             dp = product(flat, weight, m)
             if dv is not None:
-                _add_through_dropout(dp, dv, A, spec)
+                _add_through_dropout(dp, dv, A, seed, spec)
             dx, dsecond, p = prepare_back(dp.view(*ctx.lead, -1), x, second, norm_weight, spec, again=A is not None)
         if dv is not None:
             p = prepare(x, second, norm_weight, spec) if p is None else p
-            dA = fp32_product(dv.t(), drop(p.flatten(0, -2), spec), m)
-        return dx, dsecond, None, None, None, dA, dB, dy if ctx.needs_input_grad[7] else None, None, None, None
+            dA = fp32_product(dv.t(), drop(p.flatten(0, -2), seed, spec.dropout), m)
+        return dx, dsecond, None, None, None, dA, dB, dy if ctx.needs_input_grad[7] else None, *(None,) * 4
 
 
-def _add_through_dropout(dp: torch.Tensor, dv: torch.Tensor, A: torch.Tensor, spec: Spec) -> None:
-    if not spec.dropout:
+def _add_through_dropout(dp: torch.Tensor, dv: torch.Tensor, A: torch.Tensor, seed: Any, spec: Spec) -> None:
+    if seed is None:
         add_low_rank(dp, dv, A, spec.multiplier)
         return
-    through_dropout(torch.mm(dv, A).mul_(spec.multiplier), dp, spec)
+    through_dropout(torch.mm(dv, A).mul_(spec.multiplier), dp, seed, spec.dropout)
 
 
 def rounded_factors(low_rank: LowRank, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
