@@ -269,7 +269,8 @@ def bench_steps() -> str:
         memory = record["config"].get("memory", "small" if record["config"].get("recompute") else "fast")
         shape += "" if memory == "fast" else f", memory: {memory}"
         for side, found in record["sides"].items():
-            row = [f"[{name}](../records/bench/{name}.json)", record["environment"]["device"], shape, side]
+            link = f"[{name}](../records/bench/{name}.json)"
+            row = [link, record["environment"]["device"], shape, side if side == "ssmtune" else _peer(side, found)]
             if "error" in found:
                 kind = "out of memory" if "OutOfMemory" in found["error"] else "failed"
                 rows.append([*row, kind, "", "", "", ""])
@@ -283,6 +284,11 @@ def bench_steps() -> str:
             rows.append([*row, speed, share, memory, f"{found['first_step_s']:.1f} s", dead])
     headings = ["record", "device", "tokens", "side", "tokens/s (slowest-fastest step)", "of the floor's speed"]
     return table([*headings, "peak memory", "first step", "did not move"], rows)
+
+
+def _peer(side: str, found: dict[str, Any]) -> str:
+    """The other side with the operations that it called, which the oldest records do not hold."""
+    return side if "error" in found else f"{side} on {found.get('operations', 'operations not recorded')}"
 
 
 def bench_components() -> str:

@@ -118,7 +118,7 @@ def _run_side(config: BenchConfig, side: Side) -> dict[str, Any]:
 
 
 def summarise(runs: Sequence[Mapping[str, Any]], tokens_per_step: int) -> dict[str, Any]:
-    """Return one side's figures: medians over all timed steps, and the range of the runs' medians."""
+    """Return one side's figures: medians over all timed steps, the range of the runs' medians, and what it ran on."""
     failed = [run["error"] for run in runs if "error" in run]
     if failed:
         return {"error": failed[0]}
@@ -132,6 +132,7 @@ def summarise(runs: Sequence[Mapping[str, Any]], tokens_per_step: int) -> dict[s
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
         "num_trained": runs[0]["num_trained"],
         "dead": runs[0]["dead"],
+        "operations": "; ".join(dict.fromkeys(run["operations"] for run in runs)),
         "components": {
             name: statistics.median(run["components"].get(name, 0.0) for run in runs) * step_s
             for name in runs[0]["components"]

@@ -1,9 +1,11 @@
-"""Time of a training step by component: what runs inside a component's module, and the backward of what ran there."""
+"""What a training step spends its time on, by component, and whose operations it calls."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.metadata import packages_distributions, version
 from typing import TYPE_CHECKING, Any
 
 from torch._C._autograd import DeviceType
@@ -12,6 +14,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ssmtune.fast._marks import LOSS, PREFIX
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from torch import nn
 
     from ssmtune.inventory import Inventory
@@ -29,6 +33,9 @@ LABELS = {
 """Group of a component -> label, the first that a module holds: a mixer with a norm inside is the mixer."""
 
 LOSS_OPERATIONS = ("aten::cross_entropy_loss", "aten::log_softmax", "aten::nll_loss_nd")
+
+KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d", "fla")
+"""Packages whose functions transformers' recurrent layers take where they can be imported."""
 
 
 def component_modules(model: nn.Module, inventory: Inventory) -> list[tuple[nn.Module, str]]:
@@ -118,3 +125,41 @@ def _in_backward(event: Any) -> bool:
             return True
         event = event.cpu_parent
     return False
+
+
+def called_operations(step: Callable[[], object]) -> str:
+    """Run `step` once and say whose operations its forward pass called, with versions.
+
+    For example "mamba_ssm 2.3.2, causal_conv1d 1.7.0", or "transformers' own, without causal_conv1d, mamba_ssm".
+    Seen are the calls: transformers takes a package's function or its own when a modeling module is imported, so what
+    is installed does not tell.
+    """
+    packages: set[str] = set()
+    own: dict[str, str] = {}
+
+    def look(frame: FrameType, event: str, result: Any) -> None:
+        module = frame.f_globals.get("__name__", "")
+        if event == "call" and module.partition(".")[0] in KERNEL_PACKAGES:
+            packages.add(module.partition(".")[0])
+        # The function of transformers that stands for a kernel. It returns None where only a kernel could answer.
+        if event == "return" and result is not None and "is_new_implementation" in frame.f_code.co_freevars:
+            held = frame.f_locals
+            if not held["is_new_implementation"]:
+                own[held["torch_function"].__name__] = held["package"]
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        step()
+    finally:
+        sys.setprofile(before)
+    missing = f", without {', '.join(sorted(set(own.values())))}" if own else ""
+    if not packages:
+        return f"transformers' own{missing}"
+    kernels = ", ".join(_with_version(package) for package in KERNEL_PACKAGES if package in packages)
+    return f"{kernels}; transformers' own {', '.join(sorted(own))}{missing}" if own else kernels
+
+
+def _with_version(package: str) -> str:
+    distributions = sorted(set(packages_distributions().get(package, ())))
+    return " ".join([distributions[0], version(distributions[0])]) if distributions else f"{package} of unknown version"

@@ -5,6 +5,7 @@ The step is the same on both sides: forward, next-token loss on every token, bac
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import statistics
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ssmtune.bench import BenchConfig
-from ssmtune.bench_profile import component_modules, component_shares
+from ssmtune.bench_profile import called_operations, component_modules, component_shares
 from ssmtune.config import decode
 from ssmtune.errors import ConfigError
 from ssmtune.graphs import SWITCH
@@ -27,9 +28,11 @@ from ssmtune.inventory import Inventory, take_inventory
 from ssmtune.memory import keep_activations
 from ssmtune.methods.base import get_method
 from ssmtune.models import Dtype, load_config, model_location
+from ssmtune.ops.seam import rebind
 from ssmtune.placement import named_recipe
 from ssmtune.plan import Plan, make_plan
 from ssmtune.quantize import load_base, quantization_facts, quantize
+from ssmtune.quantized import is_quantized
 from ssmtune.records import write_json
 from ssmtune.train import OptimizerConfig, peak_memory
 
@@ -42,8 +45,11 @@ R = TypeVar("R")
 PEER_METHODS = ("lora", "core")
 """Methods that plain PEFT and a trained parameter can stand for."""
 
+FUSED_LAYERS = ("mamba2_split_conv1d_scan_combined", "mamba_inner_fn")
+"""Functions of transformers' modeling modules that are a whole layer; without mamba_ssm they answer None."""
+
 WARM_UP_STEPS = 2
-"""Untimed steps after the first, in which allocators and caches settle."""
+"""Untimed steps after the first, in which allocators and caches settle; the first of them is watched."""
 
 WINDOWS = 3
 """Times that a process is timed, each time over several steps in a row: as in training, nothing waits between them."""
@@ -82,7 +88,8 @@ def measure(config: BenchConfig, side: str) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
 
     first_loss, first_step_s = _timed(step, config.device)
-    for _ in range(WARM_UP_STEPS):
+    called = called_operations(step)
+    for _ in range(WARM_UP_STEPS - 1):
         step()
 
     def several() -> None:
@@ -92,7 +99,7 @@ def measure(config: BenchConfig, side: str) -> dict[str, Any]:
     step_s = [_timed(several, config.device)[1] / config.num_steps for _ in range(WINDOWS)]
     peak = peak_memory()
     before = {name: p.detach().clone() for name, p in trained.items()}
-    described = operations()
+    described = None if operations is None else operations()
     # A replayed pass is one operation to a profiler.
     os.environ[SWITCH] = "off"
     shares = component_shares(step, modules, with_cuda=config.device == "cuda")
@@ -105,7 +112,7 @@ def measure(config: BenchConfig, side: str) -> dict[str, Any]:
         "dead": sorted(name for name, p in trained.items() if torch.equal(before[name], p.detach())),
         "floor_s": floor_s,
         "components": shares,
-        "operations": described,
+        "operations": described or called,
         "shape": shape,
         "threads": torch.get_num_threads(),
         # What else the machine was doing: processes that ran or waited, over the last minute.
@@ -139,8 +146,8 @@ def _batch(config: BenchConfig, vocab_size: int) -> torch.Tensor:
     return torch.randint(vocab_size, (rows, config.row_length), generator=generator).to(config.device)
 
 
-Prepared = tuple[dict[str, "nn.Parameter"], Callable[[torch.Tensor], torch.Tensor], Callable[[], str]]
-"""Trained parameters, the loss of a batch, and what says what ran."""
+Prepared = tuple[dict[str, "nn.Parameter"], Callable[[torch.Tensor], torch.Tensor], Callable[[], str] | None]
+"""Trained parameters, the loss of a batch, and what says what ran; None where a watched step has to show it."""
 
 
 def _prepare_ssmtune(model: PreTrainedModel, plan: Plan, config: BenchConfig) -> Prepared:
@@ -164,7 +171,10 @@ def _prepare_ssmtune(model: PreTrainedModel, plan: Plan, config: BenchConfig) ->
 
 
 def _prepare_peer(model: PreTrainedModel, plan: Plan, config: BenchConfig) -> Prepared:
-    """The same sites through plain PEFT, the core's tensors trained in place, transformers' own operations and loss."""
+    """The same sites through plain PEFT, the core's tensors trained in place, transformers' loss.
+
+    What runs the operations is None, as the step has to show it: kernels if transformers found some.
+    """
     from peft import LoraConfig, get_peft_model
 
     others = sorted({site.method for site in plan.sites} - set(PEER_METHODS))
@@ -181,6 +191,7 @@ def _prepare_peer(model: PreTrainedModel, plan: Plan, config: BenchConfig) -> Pr
     for site in plan.sites:
         if not get_method(site.method).in_module:
             model.get_parameter(site.path).requires_grad_(True)
+    _keep_fused_layers_off_four_bits(model)
     if config.memory != "fast":
         model.enable_input_require_grads()
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -190,7 +201,19 @@ def _prepare_peer(model: PreTrainedModel, plan: Plan, config: BenchConfig) -> Pr
         loss: torch.Tensor = wrapped(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
         return loss
 
-    return {name: p for name, p in wrapped.named_parameters() if p.requires_grad}, loss_of, lambda: "transformers"
+    return {name: p for name, p in wrapped.named_parameters() if p.requires_grad}, loss_of, None
+
+
+def _keep_fused_layers_off_four_bits(model: PreTrainedModel) -> None:
+    """Let layers call their projections where a fused layer would read codes: it takes every weight but in_proj's.
+
+    The convolution and the scan of such a layer stay kernels.
+    """
+    for module in model.modules():
+        names = set(FUSED_LAYERS) & set(inspect.unwrap(type(module).forward).__code__.co_names)
+        read = [child for name, child in module.named_children() if name != "in_proj"]
+        if names and any(is_quantized(tensor) for child in read for tensor in child.parameters()):
+            rebind(module, dict.fromkeys(names, lambda *_, **__: None))
 
 
 def _make_step(

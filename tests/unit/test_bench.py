@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import sys
 import time
+import types
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import GraniteMoeHybridConfig, LlamaConfig
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+from transformers.models.granitemoehybrid import modeling_granitemoehybrid as modeling
 
 from ssmtune import bench as bench_module
-from ssmtune.bench import BenchConfig, bench, compare_losses, speed_ratio, summarise
-from ssmtune.bench_profile import component_shares
+from ssmtune.bench import LOSS_LIMITS, BenchConfig, bench, compare_losses, speed_ratio, summarise
+from ssmtune.bench_profile import called_operations, component_shares
 from ssmtune.bench_side import measure
 from ssmtune.config import decode
 from ssmtune.errors import CheckFailed, ConfigError
@@ -32,6 +38,7 @@ def run_of(*seconds: float, loss: float = 4.0, **facts: Any) -> dict[str, Any]:
         "peak_memory_bytes": 10,
         "num_trained": 3,
         "dead": [],
+        "operations": "off",
         "components": {"mlp": 1.0},
         "floor_s": 0.25,
         "shape": {"dtype": "float32"},
@@ -46,6 +53,7 @@ def test_figures_are_medians_and_ranges_over_processes() -> None:
     assert side["tokens_per_s"] == pytest.approx(12 / 3.5)
     assert side["tokens_per_s_range"] == [3.0, 6.0]
     assert side["components"] == {"mlp": 3.5}
+    assert side["operations"] == "off"
     ratio = speed_ratio({"ssmtune": [run_of(1.0), run_of(2.0)], "transformers+peft": [run_of(3.0), run_of(10.0)]})
     assert ratio == {"median": 4.0, "range": [3.0, 5.0]}
 
@@ -86,12 +94,10 @@ def test_our_own_failure_is_an_error_and_a_bad_shape_is_refused(monkeypatch: pyt
         bench(BenchConfig(model="tiny-granite-h", tokens_per_step=250, row_length=100))
 
 
-@pytest.mark.parametrize(
-    ("memory", "quantize"), [("fast", None), ("balanced", None), ("small", None), ("fast", QuantizeConfig())]
-)
-def test_both_sides_do_the_same_work(memory: str, quantize: QuantizeConfig | None, tmp_path: Path) -> None:
-    path = tmp_path / "micro.json"
-    fields = {
+def micro_bench(folder: Path, **fields: Any) -> BenchConfig:
+    """The benchmark of a model of one Mamba-2 layer and one of attention, as it reaches the process of a side."""
+    path = folder / "micro.json"
+    shape = {
         **MICRO,
         "shared_intermediate_size": 24,
         "num_local_experts": 0,
@@ -102,29 +108,116 @@ def test_both_sides_do_the_same_work(memory: str, quantize: QuantizeConfig | Non
         "layer_types": ["linear_attention", "full_attention"],
         "pad_token_id": 0,
     }
-    path.write_text(json.dumps(GraniteMoeHybridConfig(**fields).to_dict()))
-    config = BenchConfig(
-        model=str(path),
-        rank=2,
-        tokens_per_step=32,
-        row_length=16,
-        num_steps=1,
-        repeats=1,
-        memory=memory,
-        quantize=quantize,
-    )
-    # As it reaches the process of a side.
-    config = decode(BenchConfig, json.loads(json.dumps(asdict(config))), where="test")
+    path.write_text(json.dumps(GraniteMoeHybridConfig(**shape).to_dict()))
+    config = BenchConfig(model=str(path), rank=2, tokens_per_step=32, row_length=16, num_steps=1, repeats=1, **fields)
+    return decode(BenchConfig, json.loads(json.dumps(asdict(config))), where="test")
+
+
+@pytest.mark.parametrize(
+    ("memory", "quantize"), [("fast", None), ("balanced", None), ("small", None), ("fast", QuantizeConfig())]
+)
+def test_both_sides_do_the_same_work(memory: str, quantize: QuantizeConfig | None, tmp_path: Path) -> None:
+    config = micro_bench(tmp_path, memory=memory, quantize=quantize)
     ours, theirs = measure(config, "ssmtune"), measure(config, "transformers+peft")
     assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=1e-5)
     assert ours["num_trained"] == theirs["num_trained"]
     assert ours["dead"] == theirs["dead"] == []
+    assert theirs["operations"] == "transformers' own, without causal_conv1d, mamba_ssm"
     assert ours["floor_s"] > 0
     held = ours["shape"]["quantization"]
     assert (held is None) == (quantize is None) and held == theirs["shape"]["quantization"]
     for side in (ours, theirs):
         assert sum(side["components"].values()) == pytest.approx(1.0)
         assert {"recurrent", "attention", "mlp", "norms", "head and loss", "optimiser"} <= set(side["components"])
+
+
+def install(monkeypatch: pytest.MonkeyPatch, module_name: str, function: Callable[..., Any]) -> None:
+    """Make `module_name` importable, with `function` in it, which answers as if it had been written there."""
+    parts = module_name.split(".")
+    for i in range(len(parts)):
+        monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), types.ModuleType(".".join(parts[: i + 1])))
+    inside = vars(sys.modules[module_name])
+    inside["function"] = function
+    names = ", ".join(inspect.signature(function).parameters)
+    exec(f"def {function.__name__}({names}): return function({names})", inside)
+
+
+def test_called_are_the_packages_whose_functions_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that transformers' function took is named with its version; one that it did not find is missed."""
+
+    def mamba_chunk_scan_combined(x: float) -> float:
+        return 2 * x
+
+    def own_scan(x: float) -> float:
+        return 3 * x
+
+    taken = use_kernel_func_from_hub_with_fallback("mamba_chunk_scan_combined", "mamba_ssm")
+    assert called_operations(lambda: taken(own_scan)(1.0)) == "transformers' own, without mamba_ssm"
+    install(monkeypatch, "mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined)
+    kernel = taken(own_scan)
+    assert kernel(1.0) == 2.0
+    assert called_operations(lambda: kernel(1.0)) == "mamba_ssm of unknown version"
+    facts = tmp_path / "mamba_ssm-9.9.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: mamba_ssm\nVersion: 9.9\n")
+    (facts / "top_level.txt").write_text("mamba_ssm\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert called_operations(lambda: kernel(1.0)) == "mamba_ssm 9.9"
+    convolution = use_kernel_func_from_hub_with_fallback("causal_conv1d_fn", "causal_conv1d")(own_scan)
+    both = called_operations(lambda: convolution(kernel(1.0)))
+    assert both == "mamba_ssm 9.9; transformers' own own_scan, without causal_conv1d"
+    # What a layer asks first, and what answers None without a kernel, is not what it ran on.
+    whole = use_kernel_func_from_hub_with_fallback("mamba_inner_fn", "causal_conv1d")(lambda x: None)
+    assert called_operations(lambda: whole(kernel(1.0))) == "mamba_ssm 9.9"
+    # Installed and not called.
+    assert called_operations(lambda: None) == "transformers' own"
+
+
+@pytest.mark.parametrize(
+    ("quantize", "is_fused"),
+    [(None, True), (QuantizeConfig(), True), (QuantizeConfig(components=("recurrent",)), False)],
+)
+def test_the_peer_runs_on_kernels_that_are_installed(
+    quantize: QuantizeConfig | None, is_fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fused layer reads out_proj past its adapter; where that matrix is in 4 bits, the peer goes without it."""
+    scan, convolve = modeling.mamba2_chunk_scan, modeling.causal_conv1d_fn
+
+    def mamba_split_conv1d_scan_combined(
+        zxbcdt: torch.Tensor,
+        conv1d_weight: torch.Tensor,
+        conv1d_bias: torch.Tensor,
+        dt_bias: torch.Tensor,
+        A: torch.Tensor,
+        D: torch.Tensor,
+        chunk_size: int,
+        rmsnorm_weight: torch.Tensor,
+        rmsnorm_eps: float,
+        outproj_weight: torch.Tensor,
+    ) -> torch.Tensor:
+        batch, length, _ = zxbcdt.shape
+        z, x, dt = zxbcdt.split([64, 96, 8], dim=-1)
+        x, B, C = convolve(x.mT, conv1d_weight, conv1d_bias, activation="silu").mT.split([64, 16, 16], dim=-1)
+        x, B, C = (part.reshape(batch, length, heads, -1) for part, heads in ((x, 8), (B, 1), (C, 1)))
+        y = scan(x, dt, A, B, C, chunk_size=chunk_size, D=D, dt_bias=dt_bias, dt_softplus=True)
+        y = y.reshape(batch, length, -1) * torch.nn.functional.silu(z)
+        y = torch.nn.functional.rms_norm(y, (64,), rmsnorm_weight, rmsnorm_eps)
+        return torch.nn.functional.linear(y, outproj_weight)
+
+    config = micro_bench(tmp_path, quantize=quantize)
+    plain = measure(config, "transformers+peft")
+    install(monkeypatch, "mamba_ssm.ops.triton.ssd_combined", mamba_split_conv1d_scan_combined)
+    take = use_kernel_func_from_hub_with_fallback("mamba_split_conv1d_scan_combined", "mamba_ssm")
+    fused = take(modeling.mamba2_split_conv1d_scan_combined)
+    monkeypatch.setattr(modeling, "mamba2_split_conv1d_scan_combined", fused)
+    theirs = measure(config, "transformers+peft")
+    assert theirs["first_loss"] == pytest.approx(plain["first_loss"], rel=LOSS_LIMITS["float32"])
+    if is_fused:
+        assert theirs["operations"].startswith("mamba_ssm of unknown version")
+        assert {name.rpartition(".lora_")[0].rpartition(".")[2] for name in theirs["dead"]} == {"out_proj"}
+    else:
+        assert theirs["operations"] == plain["operations"]
+        assert theirs["dead"] == []
 
 
 def test_time_goes_to_the_component_that_spends_it() -> None:

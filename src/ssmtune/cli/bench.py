@@ -88,6 +88,8 @@ def _print_tables(record: dict[str, Any]) -> None:
     for name, side in record["sides"].items():
         if "error" in side:
             words.print(f"{name}: {side['error']}")
+        elif name != "ssmtune":
+            tables().print(f"Operations of {name}: {side['operations']}.")
     sides = {name: side for name, side in record["sides"].items() if "error" not in side}
     parts = make_table("Milliseconds a step by component", "component", *sides, numbers=tuple(sides))
     for part in dict.fromkeys(part for side in sides.values() for part in side["components"]):

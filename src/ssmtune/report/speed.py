@@ -142,7 +142,7 @@ def _figures(title: str, record: Record, figures: Figures) -> list[Figure]:
 
 
 def _words(title: str, record: Record) -> Sequence[str]:
-    """What the record says about itself: ratio, floor, parity, dead tensors, sides that did not finish."""
+    """What the record says about itself: ratio, floor, parity, dead tensors, the peer's kernels, failures."""
     lines = []
     if record["ratio"] is not None:
         low, high = record["ratio"]["range"]
@@ -166,6 +166,8 @@ def _words(title: str, record: Record) -> Sequence[str]:
             lines.append(f"{name} did not finish: {textwrap.shorten(side['error'], MAX_ERROR, placeholder=' ...')}")
         elif side.get("dead"):
             lines.append(f"{len(side['dead'])} trained tensors of {name} did not move, for example {side['dead'][0]}")
+        if name == PEER and "operations" in side:
+            lines.append(f"{name} ran on {side['operations']}")
     lines += [str(record["note"]).rstrip(".")] if record.get("note") else []
     status = "" if record["status"] == "done" else f" ({record['status']})"
     return [f"{title}{status}: {'; '.join(lines)}."] if lines else []
