@@ -22,6 +22,7 @@ from ssmtune import bench as bench_module
 from ssmtune.bench import LOSS_LIMITS, BenchConfig, bench, compare_losses, speed_ratio, summarise
 from ssmtune.bench_profile import called_operations, component_shares
 from ssmtune.bench_side import measure
+from ssmtune.cli.main import main
 from ssmtune.config import decode
 from ssmtune.errors import CheckFailed, ConfigError
 from ssmtune.quantized import QuantizeConfig
@@ -84,6 +85,18 @@ def test_status_follows_parity_and_dead_tensors(
     assert record["status"] in status
     assert record["ratio"]["median"] == 2.0
     assert record["floor"] == {"step_s": 0.25, "share": 0.25}
+
+
+def test_the_command_names_the_operations_of_the_other_side(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {"dtype": "float32", "parameters": 3, "trainable": 1, "tokens": [1, 4], "quantization": None}
+    answers = {"ssmtune": run_of(1.0), "transformers+peft": run_of(2.0, operations="mamba_ssm 9.9")}
+    monkeypatch.setattr(bench_module, "_run_side", lambda config, side: answers[side] | {"shape": shape})
+    monkeypatch.setattr(sys, "argv", ["ssmtune", "bench", "tiny-granite-h", "--repeats", "1"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "Operations of transformers+peft: mamba_ssm 9.9." in capsys.readouterr().out
 
 
 def test_our_own_failure_is_an_error_and_a_bad_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
