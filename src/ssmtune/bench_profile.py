@@ -138,9 +138,9 @@ def called_operations(step: Callable[[], object]) -> str:
     own: dict[str, str] = {}
 
     def look(frame: FrameType, event: str, result: Any) -> None:
-        module = frame.f_globals.get("__name__", "")
-        if event == "call" and module.partition(".")[0] in KERNEL_PACKAGES:
-            packages.add(module.partition(".")[0])
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if event == "call" and package in KERNEL_PACKAGES:
+            packages.add(package)
         # The function of transformers that stands for a kernel. It returns None where only a kernel could answer.
         if event == "return" and result is not None and "is_new_implementation" in frame.f_code.co_freevars:
             held = frame.f_locals

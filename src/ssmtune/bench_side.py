@@ -49,7 +49,7 @@ FUSED_LAYERS = ("mamba2_split_conv1d_scan_combined", "mamba_inner_fn")
 """Functions of transformers' modeling modules that are a whole layer; without mamba_ssm they answer None."""
 
 WARM_UP_STEPS = 2
-"""Untimed steps after the first, in which allocators and caches settle; the first of them is watched."""
+"""Untimed steps after the first, in which allocators and caches settle."""
 
 WINDOWS = 3
 """Times that a process is timed, each time over several steps in a row: as in training, nothing waits between them."""
@@ -88,8 +88,8 @@ def measure(config: BenchConfig, side: str) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
 
     first_loss, first_step_s = _timed(step, config.device)
-    called = called_operations(step)
-    for _ in range(WARM_UP_STEPS - 1):
+    called = called_operations(step) if operations is None else ""
+    for _ in range(WARM_UP_STEPS):
         step()
 
     def several() -> None:
@@ -99,7 +99,7 @@ def measure(config: BenchConfig, side: str) -> dict[str, Any]:
     step_s = [_timed(several, config.device)[1] / config.num_steps for _ in range(WINDOWS)]
     peak = peak_memory()
     before = {name: p.detach().clone() for name, p in trained.items()}
-    described = None if operations is None else operations()
+    described = called if operations is None else operations()
     # A replayed pass is one operation to a profiler.
     os.environ[SWITCH] = "off"
     shares = component_shares(step, modules, with_cuda=config.device == "cuda")
@@ -112,7 +112,7 @@ def measure(config: BenchConfig, side: str) -> dict[str, Any]:
         "dead": sorted(name for name, p in trained.items() if torch.equal(before[name], p.detach())),
         "floor_s": floor_s,
         "components": shares,
-        "operations": described or called,
+        "operations": described,
         "shape": shape,
         "threads": torch.get_num_threads(),
         # What else the machine was doing: processes that ran or waited, over the last minute.
