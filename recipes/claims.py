@@ -29,6 +29,8 @@ SIDE_EFFECTS = STUDIES / "side-effects.json.gz"
 
 MARGIN = 0.05
 """A difference in a share of right answers that would not matter; chosen before the studies ran."""
+MARGIN_BITS = 0.01
+"""A difference in held-out bits per byte that would not matter; chosen before side effects were measured."""
 UNCHANGED = 0.01
 """Tensors of which fewer elements than this share moved were left alone."""
 
@@ -387,8 +389,9 @@ WORKS: dict[str, tuple[Claim, ...]] = {
             judge=compared(
                 SIDE_EFFECTS,
                 ("initial.state", "base"),
-                "no higher",
+                "equal",
                 where=lambda row: row["metric"] == "bits_per_byte",
+                margin=MARGIN_BITS,
             ),
         ),
         Claim(

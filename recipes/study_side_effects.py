@@ -2,7 +2,10 @@
 
     python recipes/study_side_effects.py recipes/studies/methods.yaml --data DIR --out records/studies/side-effects.json.gz
 
-DIR holds what `pretrain.py pack` wrote. Both measures are likelihoods of plain text, so neither needs the form of an
+DIR holds what `pretrain.py pack` wrote. `--workers` processes measure side by side; each measurement is kept at once in
+`--parts`, and those of the same code are not made again. After `--seconds` the record says what is missing; the arms that
+claims and declared comparisons need come first, task by task, and an arm enters a table with all of its seeds or not at all.
+Both measures are likelihoods of plain text, so neither needs the form of an
 answer: bits per byte of held-out text, and whether the right one of four numbers is the likeliest after
 "The code of the NAME is", where the text gave NAME's number some lines before.
 Every arm is compared with the base, and the arm without new query and key projections with the one that has them.
@@ -11,6 +14,8 @@ Every arm is compared with the base, and the arm without new query and key proje
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import math
 import random
@@ -26,9 +31,10 @@ from pretrain import read_tokens
 from torch import Tensor
 
 from ssmtune.config import load_yaml
+from ssmtune.errors import RecordError
 from ssmtune.evaluate import EvaluateConfig, evaluation_model
 from ssmtune.models import load_tokenizer
-from ssmtune.records import new_record, read_record, write_json
+from ssmtune.records import environment, new_record, read_record, write_json
 from ssmtune.stats import METHOD, Comparison, holm, mean_interval, paired_difference
 from ssmtune.study_cells import Cell, StudyConfig, expand
 from ssmtune.study_runs import study_inputs
@@ -38,12 +44,26 @@ WINDOW = 1024
 NUM_WINDOWS = 48
 RECALL_LENGTHS = (8, 24, 64)
 NUM_QUESTIONS = 40
-BATCH_TOKENS = 1 << 15
+BATCH_TOKENS = 1 << 13
+"""The logits of a batch are this times the vocabulary, in fp32: half a gigabyte, of which several processes share a GPU."""
+JOB_SECONDS = 180
 BASE = "base"
 EXTRA = (("lora.qk.frozen", "lora"),)
 """Comparisons beside those with the base, where a study has both arms."""
+FACTS = ("model", "arm", "task", "seed")
+FIRST = (BASE, "initial.state", "lora", "lora.qk.frozen")
+"""Arms that a claim or `EXTRA` is about: measured before the others of their task."""
 
 
+SETTINGS = {
+    "window": WINDOW,
+    "num_windows": NUM_WINDOWS,
+    "recall_lengths": list(RECALL_LENGTHS),
+    "num_questions": NUM_QUESTIONS,
+}
+
+
+@functools.cache
 def held_out_windows(data_path: Path) -> tuple[Tensor, list[int]]:
     """Return the first windows of the held-out text [n, WINDOW + 1], and how many bytes each one's targets are."""
     manifest = json.loads((data_path / "manifest.json").read_text(encoding="utf-8"))
@@ -53,6 +73,7 @@ def held_out_windows(data_path: Path) -> tuple[Tensor, list[int]]:
     return windows, [len(tokenizer.decode(row[1:].tolist(), skip_special_tokens=True).encode()) for row in windows]
 
 
+@functools.cache
 def questions() -> list[tuple[int, str, list[str], int]]:
     """Return (lines, text that ends before the number, four numbers, which one is right), the same at every call."""
     from ssmtune.tasks.needle import draw
@@ -91,7 +112,16 @@ def log_likelihoods(model: Any, rows: list[list[int]], starts: list[int], pad: i
 
 
 def measure(argument: dict[str, Any]) -> dict[str, Any]:
-    """Return bits per byte of each window, and whether each question was answered right, of one model or adapter."""
+    """Return bits per byte of each window, and whether each question was answered right, of one model or adapter.
+
+    It is read from its part where the same code has measured it already, and written there otherwise.
+    """
+    part = Path(argument["part"])
+    settings = {**SETTINGS, **{key: argument[key] for key in FACTS}}
+    with contextlib.suppress(RecordError):
+        kept = read_record(part, kind="synthetic")
+        if kept["config"] == settings and kept["environment"]["code"] == environment()["code"]:
+            return {key: kept[key] for key in ("bits_per_byte", "recall")}
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(argument["model"])
     model = evaluation_model(EvaluateConfig(model=argument["model"], task="needle", adapter=argument["adapter"]))
@@ -106,27 +136,50 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
             starts.append(len(given))
     scores = np.array(log_likelihoods(model, rows, starts, pad)).reshape(len(asked), -1)
     right = scores.argmax(axis=1) == [entry[3] for entry in asked]
-    return {
+    found = {
         "bits_per_byte": [-n / math.log(2) / size for n, size in zip(nats, num_bytes, strict=True)],
         "recall": [float(value) for value in right],
     }
+    write_json(part, new_record("synthetic", config=settings, **found))
+    return found
 
 
-def jobs_of(cells: list[Cell], data: str) -> list[Job[dict[str, Any]]]:
-    """The base of each model once, and every trained cell that is done and whose adapter is there."""
+def jobs_of(cells: list[Cell], data: str, parts: Path) -> tuple[list[Job[dict[str, Any]]], list[dict[str, Any]]]:
+    """Return the base of each model once and every trained cell whose adapter is there, and the facts of those without.
+
+    In the order in which a cut costs least: base, then task by task, the arms of `FIRST` first, all seeds of an arm.
+    """
     jobs: dict[str, Job[dict[str, Any]]] = {}
+    missing = []
     for cell in cells:
         spec = cell.spec
-        facts = {"model": spec.model, "arm": BASE, "task": "", "seed": 0, "adapter": None, "data": data}
-        jobs.setdefault(f"{spec.model}:base", Job(key=f"{spec.model}:base", argument=facts))
+        facts = {"model": spec.model, "arm": BASE, "task": "", "seed": 0}
+        places = {"adapter": None, "data": data, "part": str(parts / f"base-{Path(spec.model).name}.json.gz")}
+        jobs.setdefault(f"{spec.model}:base", Job(key=f"{spec.model}:base", argument={**facts, **places}))
+        if spec.recipe is None or spec.rates or spec.draw is not None:
+            continue
+        facts |= {"arm": spec.cell, "task": spec.task, "seed": spec.seed}
         adapter = Path(spec.run_dir) / "adapter"
-        if spec.recipe is None or spec.rates or spec.draw is not None or not cell.path.exists() or not adapter.is_dir():
+        is_done = cell.path.exists() and read_record(cell.path)["status"] in ("done", "provisional")
+        if not is_done or not adapter.is_dir():
+            missing.append(facts)
             continue
-        if read_record(cell.path)["status"] not in ("done", "provisional"):
-            continue
-        arm = {"arm": spec.cell, "task": spec.task, "seed": spec.seed, "adapter": str(adapter)}
-        jobs[cell.digest] = Job(key=cell.digest, argument={**facts, **arm})
-    return list(jobs.values())
+        places = {"adapter": str(adapter), "data": data, "part": str(parts / f"{cell.digest}.json.gz")}
+        jobs[cell.digest] = Job(key=cell.digest, argument={**facts, **places})
+    tasks = list(dict.fromkeys(job.argument["task"] for job in jobs.values()))
+    arms = list(dict.fromkeys([*FIRST, *(job.argument["arm"] for job in jobs.values())]))
+
+    def turn(job: Job[dict[str, Any]]) -> tuple[int, int, int]:
+        facts = job.argument
+        return tasks.index(facts["task"]), arms.index(facts["arm"]), facts["seed"]
+
+    return sorted(jobs.values(), key=turn), missing
+
+
+def complete(cells: list[dict[str, Any]], missing: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the cells of those arms and tasks of which no seed is missing."""
+    lacking = {(facts["model"], facts["arm"], facts["task"]) for facts in missing}
+    return [cell for cell in cells if (cell["model"], cell["arm"], cell["task"]) not in lacking]
 
 
 def compare(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -182,40 +235,48 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--devices", default="", help="GPU numbers, comma-separated")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--parts", type=Path, help="where measurements are kept; by default beside the study's cells")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="write what is done after this long")
     arguments = parser.parse_args()
-    started = time.time()
+    started = time.monotonic()
     config = load_yaml(StudyConfig, arguments.study)
-    settings = {
-        "study": config.name,
-        "window": WINDOW,
-        "num_windows": NUM_WINDOWS,
-        "recall_lengths": RECALL_LENGTHS,
-        "num_questions": NUM_QUESTIONS,
-    }
-    record = new_record("synthetic", config=settings)
-    jobs = jobs_of(expand(config, inputs=study_inputs(config)), str(arguments.data))
+    record = new_record("synthetic", config={"study": config.name, **SETTINGS})
+    parts = arguments.parts or Path(config.output_dir) / "side-effects"
+    jobs, missing = jobs_of(expand(config, inputs=study_inputs(config)), str(arguments.data), parts)
     devices = [name for name in arguments.devices.split(",") if name]
     cells, failures = [], []
-    for job, outcome in run_jobs(jobs, measure, slots=local_slots(arguments.workers, devices)):
-        facts = {key: job.argument[key] for key in ("model", "arm", "task", "seed")}
-        if outcome.value is None:
-            failures.append({**facts, "error": str(outcome.error)})
-        else:
-            cells.append({**facts, **outcome.value})
+    left = {job.key: {key: job.argument[key] for key in FACTS} for job in jobs}
+    slots = local_slots(min(arguments.workers, len(jobs)), devices)
+    with contextlib.closing(run_jobs(jobs, measure, slots=slots, retries=1, seconds=JOB_SECONDS)) as ended:
+        for job, outcome in ended:
+            facts = left.pop(job.key)
+            if outcome.value is None:
+                failures.append({**facts, "error": str(outcome.error)})
+            else:
+                cells.append({**facts, **outcome.value})
+            passed = time.monotonic() - started
+            if not len(left) % 20:
+                print(f"{len(cells)} measured, {len(failures)} failed, {len(left)} left, {passed:.0f} s", flush=True)
+            if left and passed > arguments.seconds:
+                break
+    missing = [*missing, *left.values(), *({key: facts[key] for key in FACTS} for facts in failures)]
     cells.sort(key=lambda cell: (cell["model"], cell["arm"], cell["task"], cell["seed"]))
+    whole = complete(cells, missing)
     write_json(
         arguments.out,
         {
             **record,
+            "status": "provisional" if missing or record["environment"]["dirty"] else "done",
             "method": METHOD,
             "cells": cells,
             "failures": failures,
-            "means": summarise(cells),
-            "comparisons": compare(cells),
-            "seconds": time.time() - started,
+            "missing": missing,
+            "means": summarise(whole),
+            "comparisons": compare(whole),
+            "seconds": time.monotonic() - started,
         },
     )
-    print(f"{len(cells)} measured, {len(failures)} failed, {time.time() - started:.0f} s: {arguments.out}")
+    print(f"{len(cells)} measured, {len(failures)} failed, {len(missing)} missing: {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,12 @@ def side_effects_means() -> str:
         [entry["arm"], short(entry["task"]) or "-", interval(entry["bits_per_byte"]), interval(entry["recall"])]
         for entry in record["means"]
     ]
-    return _table(["arm", "trained on", "held-out bits per byte", "recall, right of four"], rows)
+    table = _table(["arm", "trained on", "held-out bits per byte", "recall, right of four"], rows)
+    missing = record.get("missing", [])
+    if not missing:
+        return table
+    named = dict.fromkeys(f"{entry['arm']} on {short(entry['task'])}" for entry in missing)
+    return f"{table}\n\nNot measured with every seed, and so in no row: {', '.join(named)}."
 
 
 def side_effects_comparisons() -> str:

@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
     return synthetic.ENVIRONMENT
 
 
-def config(folder: Path, num_seeds: int, *, workers: int = 0) -> StudyConfig:
+def config(folder: Path, num_seeds: int, *, workers: int = 0, cell_seconds: int | None = None) -> StudyConfig:
     """Ten cells for each seed."""
     whole = {
         "name": "killed",
@@ -39,6 +39,7 @@ def config(folder: Path, num_seeds: int, *, workers: int = 0) -> StudyConfig:
         "comparisons": [[f"arm{k}", "arm0"] for k in range(1, 9)],
         "output_dir": str(folder),
         "workers": workers,
+        "cell_seconds": cell_seconds,
     }
     return decoding.decode(StudyConfig, whole, where="study.yaml")
 
@@ -62,6 +63,15 @@ def dying_cell(spec: CellSpec) -> dict[str, Any]:
     if (spec.cell, spec.seed) == ("arm3", 1) and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), 9)
+    return slow_cell(spec)
+
+
+def hanging_cell(spec: CellSpec) -> dict[str, Any]:
+    """Never ends the first time that one cell is run."""
+    marker = Path(spec.output_dir, "hung")
+    if (spec.cell, spec.seed) == ("arm3", 1) and not marker.exists():
+        marker.touch()
+        time.sleep(600)
     return slow_cell(spec)
 
 

@@ -91,6 +91,7 @@ def run_study(
                     retries=config.retries,
                     # What a message of ours explains, another attempt would not change.
                     is_final=lambda error: isinstance(error, SsmtuneError),
+                    seconds=config.cell_seconds,
                 )
             ) as ended,
         ):
@@ -132,7 +133,7 @@ def _alone(directory: Path) -> Iterator[None]:
         yield
 
 
-EXECUTION = ("output_dir", "workers", "retries")
+EXECUTION = ("output_dir", "workers", "retries", "cell_seconds")
 """Fields that say how a study is run, not what it is."""
 
 
@@ -268,7 +269,7 @@ def _outcome(
     elif error is None:
         record = _record(cell, registration, "failed", error="a cell whose outcome it needs failed" + _reused(cell))
     else:
-        trace = {} if isinstance(error, (SsmtuneError, workers.WorkerDied)) else {"traceback": _trace(error)}
+        trace = {} if isinstance(error, (SsmtuneError, workers.WorkerDied, workers.JobOverdue)) else {"traceback": _trace(error)}
         record = _record(cell, registration, "failed", error=_text(error), **trace)
     return _write(cell, {**record, "failed_attempts": attempts})
 
@@ -280,6 +281,8 @@ def _reused(cell: Cell) -> str:
 def _text(error: BaseException) -> str:
     if isinstance(error, workers.WorkerDied):
         return "the worker process died (killed, or out of memory)"
+    if isinstance(error, workers.JobOverdue):
+        return f"the cell {error}"
     return str(error) if isinstance(error, SsmtuneError) else f"{type(error).__name__}: {error}"
 
 

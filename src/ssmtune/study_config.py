@@ -96,7 +96,8 @@ class StudyConfig:
 
     Every cell runs on each of `models` (name -> location; `model` is one without a name), trains on each of `tasks` with
     every seed and every one of `data_orders`, and is evaluated on its task and on those of `transfer`.
-    `retries`: how often a cell that failed is run again before the study goes on without it.
+    `retries`: how often a cell that failed is run again before the study goes on without it. `cell_seconds`: how long a
+    cell may take before its worker is ended and the cell counts as failed.
     `directory` is where the sets of tasks lie; `allow_execution` lets tasks run the programs that models write.
     """
 
@@ -116,6 +117,7 @@ class StudyConfig:
     num_examples: int | None = None
     workers: int = pydantic.Field(default=1, ge=0)
     retries: int = pydantic.Field(default=1, ge=0)
+    cell_seconds: int | None = pydantic.Field(default=None, ge=1)
     directory: str | None = None
     allow_execution: bool = False
 
@@ -146,6 +148,8 @@ class StudyConfig:
         where = f"study {self.name!r}"
         if (self.model is None) == (not self.models):
             raise ConfigError(f"{where}: got model={self.model!r}, models={self.models}; give exactly one of the two.")
+        if self.cell_seconds is not None and self.workers == 0:
+            raise ConfigError(f"{where}: cell_seconds: {self.cell_seconds} needs workers to end; give workers: 1 or more.")
         for label, values in (("tasks", self.tasks), ("seeds", self.seeds), ("cells", self.cells)):
             if not values:
                 raise ConfigError(f"{where}, field '{label}': got nothing; expected at least one entry.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 from dataclasses import asdict
@@ -28,6 +29,23 @@ def run_cell(spec: CellSpec) -> dict[str, Any]:
 
     Its run directory stays below the study's; a tuning run's, which nothing needs, does not.
     """
+    try:
+        return _run_cell(spec)
+    finally:
+        _give_memory_back()
+
+
+def _give_memory_back() -> None:
+    """What a cell took from the device at its peak is other workers' as well, and the next one may never need it."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        # Trainers refer to themselves, so that their tensors wait for the collector.
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _run_cell(spec: CellSpec) -> dict[str, Any]:
     train_record, tuned = None, choose_rates(spec)
     if spec.recipe is not None:
         train_record = train(_train_config(spec, tuned), on_message=_silent, progress=False)

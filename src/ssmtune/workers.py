@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -42,6 +44,10 @@ class WorkerDied(Exception):
     """The process that a job ran in ended: killed, or out of memory."""
 
 
+class JobOverdue(Exception):
+    """A job ran for longer than any may; its process was ended."""
+
+
 class Slot(Protocol):
     """Where one job at a time runs, one after another in the same process."""
 
@@ -70,13 +76,15 @@ def run_jobs(
     succeeded: Callable[[R], bool] = lambda value: True,
     retries: int = 0,
     is_final: Callable[[BaseException], bool] = lambda error: False,
+    seconds: float | None = None,
 ) -> Generator[tuple[Job[A], Outcome[R]], None, None]:
     """Yield every job as it ends, for good: one that raised is run `retries` times more, after all others, unless `is_final`.
 
-    `done` are keys that count as succeeded already. Leaving the loop early (an exception, Ctrl-C) stops the workers.
+    `done` are keys that count as succeeded already. A job that takes longer than `seconds` has raised `JobOverdue`, and its
+    process is ended; that needs slots with a process of their own. Leaving the loop early (an exception, Ctrl-C) stops the workers.
     """
     finished_keys, failed_keys, queue = set(done), set[str](), list(jobs)
-    running: dict[Future[R], tuple[Slot, Job[A]]] = {}
+    running: dict[Future[R], tuple[Slot, Job[A], float]] = {}
     errors: dict[str, tuple[BaseException, ...]] = {}
     try:
         while queue or running:
@@ -84,21 +92,27 @@ def run_jobs(
                 queue.remove(job)
                 failed_keys.add(job.key)
                 yield job, Outcome(value=None, error=None, num_running=len(running))
-            busy = {id(slot) for slot, _ in running.values()}
+            busy = {id(slot) for slot, _, _ in running.values()}
             for slot in [slot for slot in slots if id(slot) not in busy]:
                 ready = next((job for job in queue if finished_keys.issuperset(job.needs)), None)
                 if ready is not None:
                     queue.remove(ready)
-                    running[slot.submit(call, ready.argument)] = (slot, ready)
+                    running[slot.submit(call, ready.argument)] = (slot, ready, time.monotonic())
             assert running or not queue, "a job needs one that is neither done nor listed"
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                slot, job = running.pop(future)
-                raised = future.exception()
-                error = None if raised is None else slot.cause(raised)
+            ended = wait(running, timeout=_until_overdue(running, seconds), return_when=FIRST_COMPLETED).done
+            late = [] if seconds is None else [f for f, entry in running.items() if entry[2] + seconds <= time.monotonic()]
+            for future in {**dict.fromkeys(ended), **dict.fromkeys(late)}:
+                slot, job, _ = running.pop(future)
+                if future in ended:
+                    raised = future.exception()
+                    error = None if raised is None else slot.cause(raised)
+                else:
+                    error = JobOverdue(f"ran for more than {seconds:g} s and was ended")
+                    slot.kill()
                 if error is not None and not isinstance(error, Exception):
                     # An interrupt or exit inside a job is meant for the whole, not for the job.
                     raise error
-                if isinstance(error, WorkerDied):
+                if isinstance(error, (WorkerDied, JobOverdue)):
                     slot.restart()
                 earlier = errors.get(job.key, ())
                 if error is not None and len(earlier) < retries and not is_final(error):
@@ -110,11 +124,32 @@ def run_jobs(
                 (finished_keys if good else failed_keys).add(job.key)
                 yield job, Outcome(value=value, error=error, num_running=len(running), earlier=earlier)
     except BaseException:
-        for slot in slots:
-            slot.kill()
+        with _uninterrupted():
+            for slot in slots:
+                slot.kill()
         raise
     for slot in slots:
         slot.close()
+
+
+def _until_overdue(running: dict[Future[R], tuple[Slot, Job[A], float]], seconds: float | None) -> float | None:
+    """How long to wait at most, in seconds, until the first of the running jobs is overdue."""
+    if seconds is None:
+        return None
+    return max(0.0, min(started for _, _, started in running.values()) + seconds - time.monotonic())
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C does not stop the first from being carried out; `timeout` sends two."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def local_slots(workers: int, devices: Sequence[str] = ()) -> list[Slot]:

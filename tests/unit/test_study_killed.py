@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import killable_study
 from ssmtune import records, study
 from ssmtune.errors import ConfigError
 from ssmtune.ray_workers import ray_slots
-from ssmtune.workers import local_slots
+from ssmtune.workers import Job, local_slots, run_jobs
 
 SCRIPT = Path(killable_study.__file__)
 
@@ -124,6 +126,55 @@ def test_one_driver_at_a_time(tmp_path: Path) -> None:
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
+
+
+def test_cell_that_hangs_costs_its_own_cell_one_attempt(tmp_path: Path) -> None:
+    config = killable_study.config(tmp_path, 2, workers=2, cell_seconds=4)
+    result = study.run_study(config, killable_study.hanging_cell, console=killable_study.QUIET)
+    assert result["num_cells"] == {"expected": 20, "done": 20} and result["num_failed_attempts"] == 1
+    (hit,) = [record for record in study.read_cells(config) if record.get("failed_attempts")]
+    assert (hit["name"], hit["seed"]) == ("arm3", 1)
+    assert hit["failed_attempts"][0]["error"] == "the cell ran for more than 4 s and was ended"
+
+
+def test_limit_of_cells_needs_workers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cell_seconds: 4 needs workers to end"):
+        killable_study.config(tmp_path, 2, workers=0, cell_seconds=4)
+
+
+class Interrupting:
+    """A slot that another interrupt reaches while it is being killed."""
+
+    def __init__(self) -> None:
+        self.killed = False
+
+    def submit(self, call: Callable[[Any], Any], argument: Any) -> Future[Any]:
+        return Future()
+
+    def cause(self, error: BaseException) -> BaseException:
+        return error
+
+    def restart(self) -> None:
+        raise AssertionError("nothing died")
+
+    def kill(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.001)
+        self.killed = True
+
+    def close(self) -> None:
+        raise AssertionError("nothing ended")
+
+
+def test_second_interrupt_does_not_save_workers_from_the_first() -> None:
+    """`timeout` sends two: to the study, and then to its whole process group."""
+    slots = [Interrupting(), Interrupting()]
+    jobs = [Job(key=key, argument=None) for key in ("a", "b")]
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        list(run_jobs(jobs, killable_study.cell, slots=slots))
+    assert [slot.killed for slot in slots] == [True, True]
 
 
 @pytest.fixture(scope="module")
