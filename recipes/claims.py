@@ -2,7 +2,8 @@
 
 A claim names its evidence; what follows from it is computed here and typed nowhere:
 "replicated" when every comparison says what the claim says, "replicated in N of M" when some do and none says the
-opposite, "not replicated" otherwise. A comparison says "higher" or "lower" only when its interval excludes zero and its
+opposite,
+"not replicated" otherwise, with how many say what. A comparison says "higher" or "lower" only when its interval excludes zero and its
 adjusted p is at most 0.05; it says "equal" when its whole interval lies within the margin.
 """
 
@@ -92,7 +93,9 @@ def verdict(rows: Sequence[Mapping[str, Any]], expected: Says, margin: float = M
     opposite = sum(contradicts(row, expected, margin) for row in rows)
     if num == len(rows):
         return "replicated"
-    if num and not opposite:
+    if num and opposite:
+        return f"not replicated: so in {num} of {len(rows)}, the opposite in {opposite}"
+    if num:
         return f"replicated in {num} of {len(rows)}"
     if not opposite:
         return "not replicated: nothing resolved"

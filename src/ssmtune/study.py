@@ -269,7 +269,11 @@ def _outcome(
     elif error is None:
         record = _record(cell, registration, "failed", error="a cell whose outcome it needs failed" + _reused(cell))
     else:
-        trace = {} if isinstance(error, (SsmtuneError, workers.WorkerDied, workers.JobOverdue)) else {"traceback": _trace(error)}
+        trace = (
+            {}
+            if isinstance(error, (SsmtuneError, workers.WorkerDied, workers.JobOverdue))
+            else {"traceback": _trace(error)}
+        )
         record = _record(cell, registration, "failed", error=_text(error), **trace)
     return _write(cell, {**record, "failed_attempts": attempts})
 

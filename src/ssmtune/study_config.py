@@ -149,7 +149,9 @@ class StudyConfig:
         if (self.model is None) == (not self.models):
             raise ConfigError(f"{where}: got model={self.model!r}, models={self.models}; give exactly one of the two.")
         if self.cell_seconds is not None and self.workers == 0:
-            raise ConfigError(f"{where}: cell_seconds: {self.cell_seconds} needs workers to end; give workers: 1 or more.")
+            raise ConfigError(
+                f"{where}: cell_seconds: {self.cell_seconds} needs workers to end; give workers: 1 or more."
+            )
         for label, values in (("tasks", self.tasks), ("seeds", self.seeds), ("cells", self.cells)):
             if not values:
                 raise ConfigError(f"{where}, field '{label}': got nothing; expected at least one entry.")

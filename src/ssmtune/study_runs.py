@@ -39,7 +39,7 @@ def _give_memory_back() -> None:
     """What a cell took from the device at its peak is other workers' as well, and the next one may never need it."""
     import torch
 
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         # Trainers refer to themselves, so that their tensors wait for the collector.
         gc.collect()
         torch.cuda.empty_cache()

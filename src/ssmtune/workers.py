@@ -81,7 +81,8 @@ def run_jobs(
     """Yield every job as it ends, for good: one that raised is run `retries` times more, after all others, unless `is_final`.
 
     `done` are keys that count as succeeded already. A job that takes longer than `seconds` has raised `JobOverdue`, and its
-    process is ended; that needs slots with a process of their own. Leaving the loop early (an exception, Ctrl-C) stops the workers.
+    process is ended; that needs slots with a process of their own.
+    Leaving the loop early (an exception, Ctrl-C) stops the workers.
     """
     finished_keys, failed_keys, queue = set(done), set[str](), list(jobs)
     running: dict[Future[R], tuple[Slot, Job[A], float]] = {}
@@ -100,7 +101,9 @@ def run_jobs(
                     running[slot.submit(call, ready.argument)] = (slot, ready, time.monotonic())
             assert running or not queue, "a job needs one that is neither done nor listed"
             ended = wait(running, timeout=_until_overdue(running, seconds), return_when=FIRST_COMPLETED).done
-            late = [] if seconds is None else [f for f, entry in running.items() if entry[2] + seconds <= time.monotonic()]
+            late = (
+                [] if seconds is None else [f for f, entry in running.items() if entry[2] + seconds <= time.monotonic()]
+            )
             for future in {**dict.fromkeys(ended), **dict.fromkeys(late)}:
                 slot, job, _ = running.pop(future)
                 if future in ended:

@@ -30,7 +30,7 @@ HIGHER, LOWER, OPEN, SMALL = row(0.1, 0.2), row(-0.2, -0.1), row(-0.1, 0.1, 0.8)
         ([HIGHER, HIGHER], "higher", "replicated"),
         ([HIGHER, OPEN, OPEN], "higher", "replicated in 1 of 3"),
         ([OPEN, OPEN], "higher", "not replicated: nothing resolved"),
-        ([HIGHER, LOWER], "higher", "not replicated: the opposite in 1 of 2"),
+        ([HIGHER, LOWER], "higher", "not replicated: so in 1 of 2, the opposite in 1"),
         ([LOWER], "lower", "replicated"),
         ([HIGHER], "lower", "not replicated: the opposite in 1 of 1"),
         # An interval that excludes zero is not enough where the adjusted p is too large.
@@ -75,6 +75,23 @@ def test_a_claim_is_judged_by_its_own_comparisons(tmp_path: Path) -> None:
     assert (finding.verdict, finding.record) == ("replicated", path)
     assert finding.figures == "t: +0.150 [+0.100, +0.200]"
     assert claims.compared(path, ("a", "c"), "higher")().verdict == "not run"
+
+
+def test_harm_is_judged_where_something_can_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def judged(score: float, found: dict[str, Any]) -> claims.Finding:
+        place = {"model": "m.sequential", "trained_on": "t", "evaluated_on": "u"}
+        arm = {"name": "base", "metrics": {"exact": {"mean": score}}}
+        path = tmp_path / f"{score}.json"
+        tasks = [{**place, "primary": "exact", "arms": [arm]}]
+        rows = [{**found, **place, "arm": "recurrent", "baseline": "base"}]
+        write_json(path, new_record("study", config={}, tasks=tasks, comparisons=rows))
+        monkeypatch.setattr(claims, "PLACEMENT", path)
+        return claims.harm("sequential")()
+
+    assert judged(0.0, row(0.0, 0.0, 1.0)).verdict == "not testable here: the untrained models are at the floor"
+    assert judged(0.3, LOWER).verdict == "replicated"
+    assert judged(0.31, HIGHER).verdict == "not replicated: the opposite in 1 of 1"
+    assert claims.harm("parallel")() == claims.Finding(verdict="not run")
 
 
 def test_many_comparisons_are_shown_by_their_extremes() -> None:
