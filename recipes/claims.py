@@ -3,8 +3,9 @@
 A claim names its evidence; what follows from it is computed here and typed nowhere:
 "replicated" when every comparison says what the claim says, "replicated in N of M" when some do and none says the
 opposite,
-"not replicated" otherwise, with how many say what. A comparison says "higher" or "lower" only when its interval excludes zero and its
-adjusted p is at most 0.05; it says "equal" when its whole interval lies within the margin.
+"not replicated" otherwise, with how many say what.
+A comparison says "higher" or "lower" only when its interval excludes zero and its adjusted p is at most 0.05;
+it says "equal" when its whole interval lies within the margin.
 """
 
 from __future__ import annotations
