@@ -154,8 +154,9 @@ def mamba_ssm_scan(**given: Any) -> Any:
 
 
 def mamba_ssm_parity(dtype: torch.dtype, size: tuple[int, ...]) -> dict[str, Any]:
-    """What mamba_ssm's kernels are off by on the same inputs, as far as they take them: whole rows from zero."""
-    return worst_error(mamba_ssm_scan, dtype, [(str(size), scan_case(*size), {"dt_softplus": True})])
+    """What mamba_ssm's kernels are off by, and ours on the same inputs, as far as they take them: whole rows from zero."""
+    cases = [(str(size), scan_case(*size), {"dt_softplus": True})]
+    return worst_error(mamba_ssm_scan, dtype, cases) | {"ours": worst_error(mamba2_chunk_scan, dtype, cases)["error"]}
 
 
 def conv_parity(dtype: torch.dtype, steps: int) -> dict[str, Any]:
