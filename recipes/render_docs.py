@@ -45,7 +45,7 @@ HANKEL_STEP = BENCH / "hankel-step-cpu.json"
 STATISTICS = ROOT / "records/studies/statistics.json"
 TRACKING = ROOT / "records/studies/state-tracking.json.gz"
 QLORA = ROOT / "records/studies/qlora-curve.json"
-GRANITE_MICRO = ROOT / "tests/data/granite_4_h_micro.json"
+GRANITE_MICRO = ROOT / "benchmarks/shapes/granite-4.0-h-micro.json"
 METHOD_FAMILIES = ROOT / "src/ssmtune/assets/method_families.json"
 
 

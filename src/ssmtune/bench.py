@@ -54,6 +54,8 @@ class BenchConfig:
     """What is kept for the backward pass (`memory`); for anything but "fast" the peer recomputes every layer."""
     quantize: QuantizeConfig | None = None
     """What of the base is in 4 bits, on both sides."""
+    documents: int | None = pydantic.Field(default=None, ge=8)
+    """Mean length of short documents; None is whole rows. Ours packs them into the rows, the peer pads them (`bench_batch`)."""
     peer: bool = True
     """Whether transformers + PEFT runs too."""
 
@@ -71,6 +73,11 @@ def bench(config: BenchConfig, *, on_message: Callable[[str], None] = print) -> 
             f"tokens_per_step {config.tokens_per_step} is no multiple of row_length {config.row_length}. "
             "Give whole rows, for example --tokens-per-step 2048 --row-length 512."
         )
+    if config.documents is not None and config.documents > config.row_length:
+        raise ConfigError(
+            f"documents {config.documents}: a document of mean length is longer than a row of {config.row_length} tokens. "
+            "Give longer rows (--row-length) or a smaller mean."
+        )
     model_location(config.model)
     runs: dict[Side, list[dict[str, Any]]] = {side: [] for side in SIDES if config.peer or side == "ssmtune"}
     for repeat in range(config.repeats):
@@ -78,11 +85,12 @@ def bench(config: BenchConfig, *, on_message: Callable[[str], None] = print) -> 
             if any("error" in run for run in runs[side]):
                 continue
             runs[side].append(_run_side(config, side))
-            on_message(f"{repeat + 1} of {config.repeats}: {side}: {_describe(runs[side][-1], config)}")
+            on_message(f"{repeat + 1} of {config.repeats}: {side}: {_describe(runs[side][-1])}")
     problem = runs["ssmtune"][0].get("error")
     if problem is not None:
         raise CheckFailed(f"bench {config.model}: ssmtune's own side did not finish: {problem}.")
-    sides = {side: summarise(found, config.tokens_per_step) for side, found in runs.items()}
+    # Padding is work and no use: with documents, a token counts when it is part of one.
+    sides = {side: summarise(found, runs["ssmtune"][0]["useful_tokens"]) for side, found in runs.items()}
     parity = compare_losses(runs)
     dead = runs["ssmtune"][0]["dead"]
     record = new_record(
@@ -118,7 +126,10 @@ def _run_side(config: BenchConfig, side: Side) -> dict[str, Any]:
 
 
 def summarise(runs: Sequence[Mapping[str, Any]], tokens_per_step: int) -> dict[str, Any]:
-    """Return one side's figures: medians over all timed steps, the range of the runs' medians, and what it ran on."""
+    """Return one side's figures: medians over all timed steps, the range of the runs' medians, and what it ran on.
+
+    `tokens_per_step` are those that count; `processed_tokens` are all that the side ran through the model.
+    """
     failed = [run["error"] for run in runs if "error" in run]
     if failed:
         return {"error": failed[0]}
@@ -130,6 +141,7 @@ def summarise(runs: Sequence[Mapping[str, Any]], tokens_per_step: int) -> dict[s
         "step_s": step_s,
         "first_step_s": statistics.median(run["first_step_s"] for run in runs),
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
+        "processed_tokens": runs[0]["processed_tokens"],
         "num_trained": runs[0]["num_trained"],
         "dead": runs[0]["dead"],
         "operations": "; ".join(dict.fromkeys(run["operations"] for run in runs)),
@@ -170,7 +182,7 @@ def _floor(runs: Mapping[Side, Sequence[Mapping[str, Any]]], ours: Mapping[str, 
     return {"step_s": floor_s, "share": floor_s / ours["step_s"]}
 
 
-def _describe(run: Mapping[str, Any], config: BenchConfig) -> str:
+def _describe(run: Mapping[str, Any]) -> str:
     if "error" in run:
         return str(run["error"])
-    return f"{config.tokens_per_step / statistics.median(run['step_s']):,.0f} tokens/s"
+    return f"{run['useful_tokens'] / statistics.median(run['step_s']):,.0f} tokens/s"

@@ -1,7 +1,8 @@
-"""What a training step spends its time on, by component, and whose operations it calls."""
+"""What a training step spends its time on, by component and by kernel, and whose operations it calls."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,6 +33,32 @@ LABELS = {
 }
 """Group of a component -> label, the first that a module holds: a mixer with a norm inside is the mixer."""
 
+NUM_KERNELS = 40
+"""Kernels that a profile keeps, the slowest first; the rest is summed by kind all the same."""
+
+KINDS: tuple[tuple[str, str], ...] = (
+    # The first that matches, in lower case. A kernel of ours is named by what it does, one of a library by where it is from.
+    ("optimiser", r"multi_tensor_apply|adam|foreach|lpnorm|l2norm"),
+    ("attention", r"flash|fmha|attention|softmax_warp"),
+    ("loss", r"cross_entropy|log_softmax|softmax|nll_loss|loss_kernel|loss_back"),
+    ("convolution", r"causal_conv1d|conv|window_kernel|window_back"),
+    (
+        "scan",
+        r"chunk|state_passing|selective_scan|pass_kernel|pass_back|states_kernel|scores|steps_kernel|steps_back"
+        r"|through_states|readouts|inputs_kernel|output_kernel|delta_rule|cumsum",
+    ),
+    ("norm", r"norm"),
+    (
+        "matrix products",
+        r"gemm|nvjet|cutlass|cublas|gemv|splitk|xmma|low_rank|aten::(mm|addmm|bmm|baddbmm|linear|matmul)$",
+    ),
+    ("four bits", r"dequant|quantize|4bit|nf4"),
+    ("gate and activation", r"activate|gate_kernel|gate_back|silu|relu"),
+    ("copies and fills", r"copy|memcpy|memset|catarray|fill|aten::(cat|clone|_to_copy|contiguous|zero_|empty)"),
+    ("elementwise and sums", r"elementwise|reduce|triton|aten::"),
+)
+"""Kind of a kernel -> pattern of its name."""
+
 LOSS_OPERATIONS = ("aten::cross_entropy_loss", "aten::log_softmax", "aten::nll_loss_nd")
 
 KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d", "fla")
@@ -58,10 +85,12 @@ def _label(groups: set[str]) -> str:
     return next((label for group, label in LABELS.items() if group in groups), REST)
 
 
-def component_shares(
+def profile_step(
     step: Callable[[], object], modules: Sequence[tuple[nn.Module, str]], *, with_cuda: bool
-) -> dict[str, float]:
-    """Run `step` once under the profiler and return the share of its time by component, on the GPU where it runs there.
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run `step` once under the profiler; return the share of its time by component, and `kernel_times`.
+
+    Time is the GPU's where the step runs there.
 
     An operation counts for the component whose module it runs in. In the backward pass it counts for the component of
     the forward operation that it belongs to, which autograd numbers alike.
@@ -89,7 +118,37 @@ def component_shares(
         own = event.self_device_time_total if with_cuda else event.self_cpu_time_total
         seconds[_component_of(event, by_number) or REST] += own
     total = sum(seconds.values())
-    return {name: value / total for name, value in seconds.most_common()}
+    shares = {name: value / total for name, value in seconds.most_common()}
+    return shares, kernel_times(events, with_cuda=with_cuda)
+
+
+def kernel_times(events: Any, *, with_cuda: bool) -> dict[str, Any]:
+    """Return what ran: `kinds`, milliseconds by kind of kernel, and `slowest`, single kernels with count and milliseconds.
+
+    A kernel is what the GPU ran, copies included, or, on a CPU, an operation of torch without what it called.
+    """
+    seconds: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for event in events:
+        if with_cuda and event.device_type == DeviceType.CUDA and not event.name.startswith(PREFIX):
+            seconds[event.name] += event.self_device_time_total
+            counts[event.name] += 1
+        elif not with_cuda and event.name.startswith("aten::"):
+            seconds[event.name] += event.self_cpu_time_total
+            counts[event.name] += 1
+    kinds: Counter[str] = Counter()
+    for name, value in seconds.items():
+        kinds[kernel_kind(name)] += value
+    slowest = [
+        {"name": name[:120], "kind": kernel_kind(name), "count": counts[name], "ms": value / 1000}
+        for name, value in seconds.most_common(NUM_KERNELS)
+    ]
+    return {"kinds": {kind: value / 1000 for kind, value in kinds.most_common()}, "slowest": slowest}
+
+
+def kernel_kind(name: str) -> str:
+    """Return what a kernel is for, by its name; "other" where no pattern knows it."""
+    return next((kind for kind, pattern in KINDS if re.search(pattern, name.lower())), "other")
 
 
 def _mark(module: nn.Module, label: str) -> list[Any]:

@@ -12,15 +12,16 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ssmtune.bench import BenchConfig
-from ssmtune.bench_profile import called_operations, component_modules, component_shares
+from ssmtune.bench import BenchConfig, Side
+from ssmtune.bench_batch import Batch, make_batches
+from ssmtune.bench_profile import called_operations, component_modules, profile_step
 from ssmtune.config import decode
 from ssmtune.errors import ConfigError
 from ssmtune.graphs import SWITCH
@@ -37,6 +38,7 @@ from ssmtune.records import write_json
 from ssmtune.train import OptimizerConfig, peak_memory
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -63,17 +65,17 @@ def main(request_path: str) -> int:
     return 0
 
 
-def measure(config: BenchConfig, side: str) -> dict[str, Any]:
-    """Run one side and return its figures: step times, first step, peak memory, loss, dead tensors, floor, components."""
+def measure(config: BenchConfig, side: Side) -> dict[str, Any]:
+    """Run one side and return its figures: step times, peak memory, loss, dead tensors, floor, components, kernels."""
     torch.manual_seed(0)
-    model = _base_model(config)
+    model = base_model(config)
     inventory = take_inventory(model)
     plan = make_plan(model, named_recipe(config.recipe, rank=config.rank, alpha=2.0 * config.rank))
-    tokens = _batch(config, model.config.vocab_size)
+    batches = make_batches(config, side, model.config.vocab_size)
     shape = {
         "parameters": inventory.total,
         "trainable": plan.trainable,
-        "tokens": list(tokens.shape),
+        "tokens": list(batches[0]["input_ids"].shape),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
         "quantization": quantization_facts(model),
@@ -83,7 +85,7 @@ def measure(config: BenchConfig, side: str) -> dict[str, Any]:
     modules = component_modules(model, inventory)
     prepare = _prepare_ssmtune if side == "ssmtune" else _prepare_peer
     trained, loss_of, operations = prepare(model, plan, config)
-    step = _make_step(trained, loss_of, tokens, config)
+    step = _make_step(trained, loss_of, batches, config)
     if config.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -101,8 +103,13 @@ def measure(config: BenchConfig, side: str) -> dict[str, Any]:
     before = {name: p.detach().clone() for name, p in trained.items()}
     described = called if operations is None else operations()
     # A replayed pass is one operation to a profiler.
+    before_profile = os.environ.get(SWITCH)
     os.environ[SWITCH] = "off"
-    shares = component_shares(step, modules, with_cuda=config.device == "cuda")
+    shares, kernels = profile_step(step, modules, with_cuda=config.device == "cuda")
+    # A process may measure more than once.
+    os.environ.pop(SWITCH)
+    if before_profile is not None:
+        os.environ[SWITCH] = before_profile
     return {
         "step_s": step_s,
         "first_step_s": first_step_s,
@@ -112,6 +119,10 @@ def measure(config: BenchConfig, side: str) -> dict[str, Any]:
         "dead": sorted(name for name, p in trained.items() if torch.equal(before[name], p.detach())),
         "floor_s": floor_s,
         "components": shares,
+        "kernels": kernels,
+        "processed_tokens": sum(batch["input_ids"].numel() for batch in batches),
+        "num_documents": sum(batch["num_documents"] for batch in batches),
+        "useful_tokens": sum(batch["num_tokens"] for batch in batches),
         "operations": described,
         "shape": shape,
         "threads": torch.get_num_threads(),
@@ -123,7 +134,7 @@ def measure(config: BenchConfig, side: str) -> dict[str, Any]:
     }
 
 
-def _base_model(config: BenchConfig) -> PreTrainedModel:
+def base_model(config: BenchConfig) -> PreTrainedModel:
     """The model on its device, fp32 on a CPU and the config's precision on a GPU; random weights for a bare config."""
     from transformers import AutoModelForCausalLM
 
@@ -139,14 +150,7 @@ def _base_model(config: BenchConfig) -> PreTrainedModel:
     return (model if config.quantize is None else quantize(model, config.quantize)).train()
 
 
-def _batch(config: BenchConfig, vocab_size: int) -> torch.Tensor:
-    """Random tokens [B, T], the same on both sides."""
-    generator = torch.Generator().manual_seed(1)
-    rows = config.tokens_per_step // config.row_length
-    return torch.randint(vocab_size, (rows, config.row_length), generator=generator).to(config.device)
-
-
-Prepared = tuple[dict[str, "nn.Parameter"], Callable[[torch.Tensor], torch.Tensor], Callable[[], str] | None]
+Prepared = tuple[dict[str, "nn.Parameter"], Callable[[Batch], torch.Tensor], Callable[[], str] | None]
 """Trained parameters, the loss of a batch, and what says what ran; None where a watched step has to show it."""
 
 
@@ -161,11 +165,12 @@ def _prepare_ssmtune(model: PreTrainedModel, plan: Plan, config: BenchConfig) ->
     head_loss = HeadLoss(adapted)
     graphs = use_graphs(adapted)
 
-    def loss_of(tokens_BT: torch.Tensor) -> torch.Tensor:
-        rows, length = tokens_BT.shape
-        positions = torch.arange(rows * length, device=tokens_BT.device).view(rows, length)[:, :-1].flatten()
-        targets = tokens_BT[:, 1:].flatten()
-        return head_loss(adapted, {"input_ids": tokens_BT}, positions, targets) / len(targets)
+    def loss_of(batch: Batch) -> torch.Tensor:
+        names = ("input_ids", "position_ids") if batch["is_packed"] else ("input_ids",)
+        targets: torch.Tensor = batch["targets"]
+        given = {name: batch[name] for name in names}
+        loss: torch.Tensor = head_loss(adapted, given, batch["loss_positions"], targets) / len(targets)
+        return loss
 
     return adapted.trained_parameters(), loss_of, lambda: f"{adapted.fast_block}; {graphs.describe()}"
 
@@ -183,8 +188,9 @@ def _prepare_peer(model: PreTrainedModel, plan: Plan, config: BenchConfig) -> Pr
             f"recipe {plan.recipe!r}: plain PEFT has no {', '.join(others)}, so there is no peer. Use --no-peer."
         )
     linears = [site.path.removesuffix(".weight") for site in plan.sites if get_method(site.method).in_module]
-    if linears:
-        settings = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, lora_dropout=0.0, target_modules=linears)
+    settings = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, lora_dropout=0.0)
+    settings.target_modules = {name for name in linears if not _refused_by_peft(name, model, settings)}
+    if settings.target_modules:
         wrapped = get_peft_model(model, settings)
     else:
         wrapped = model.requires_grad_(False)
@@ -197,8 +203,10 @@ def _prepare_peer(model: PreTrainedModel, plan: Plan, config: BenchConfig) -> Pr
         model.activation_checkpointing_enable({"use_reentrant": False})
     wrapped.train()
 
-    def loss_of(tokens_BT: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = wrapped(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
+    def loss_of(batch: Batch) -> torch.Tensor:
+        given = {name: batch[name] for name in ("input_ids", "labels", "attention_mask") if name in batch}
+        share: float = batch["share"]
+        loss: torch.Tensor = wrapped(**given, use_cache=False).loss * share
         return loss
 
     return {name: p for name, p in wrapped.named_parameters() if p.requires_grad}, loss_of, None
@@ -216,10 +224,21 @@ def _keep_fused_layers_off_four_bits(model: PreTrainedModel) -> None:
             rebind(module, dict.fromkeys(names, lambda *_, **__: None))
 
 
+def _refused_by_peft(name: str, model: PreTrainedModel, settings: LoraConfig) -> bool:
+    """Whether PEFT takes no LoRA there: some families' fused layers pass over it. `num_trained` is lower by what is left out."""
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    try:
+        _check_lora_target_modules_mamba(settings, model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
+
+
 def _make_step(
     trained: dict[str, nn.Parameter],
-    loss_of: Callable[[torch.Tensor], torch.Tensor],
-    tokens: torch.Tensor,
+    loss_of: Callable[[Batch], torch.Tensor],
+    batches: Sequence[Batch],
     config: BenchConfig,
 ) -> Callable[[], torch.Tensor]:
     """Return one full training step; it returns the loss before the update and waits for nothing."""
@@ -229,15 +248,18 @@ def _make_step(
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=cuda)
 
     def step() -> torch.Tensor:
-        # As trainers do it: PEFT's fp32 factors would otherwise meet bf16 activations.
-        with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
-            loss = loss_of(tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
+        losses = []
+        for batch in batches:
+            # As trainers do it: PEFT's fp32 factors would otherwise meet bf16 activations.
+            with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
+                loss = loss_of(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
         with torch.profiler.record_function("component:optimiser"):
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return torch.stack(losses).sum()
 
     return step
 

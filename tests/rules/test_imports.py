@@ -58,7 +58,7 @@ ORDER = (
     {"training_data"},
     {"train", "sft", "watch", "warmup"},
     {"verify", "doctor", "op_cases", "export"},
-    {"evaluate", "evaluate_llamacpp", "harness", "bench", "bench_side", "bench_profile"},
+    {"evaluate", "evaluate_llamacpp", "harness", "bench", "bench_batch", "bench_side", "bench_profile"},
     {"workers", "ray_workers"},
     {"study", "study_analysis", "study_cells", "study_config", "study_estimate", "study_runs"},
     {"report"},

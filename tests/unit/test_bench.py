@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GraniteMoeHybridConfig, LlamaConfig
+from transformers import GraniteMoeHybridConfig, LlamaConfig, Mamba2Config
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.models.granitemoehybrid import modeling_granitemoehybrid as modeling
 
 from ssmtune import bench as bench_module
 from ssmtune.bench import LOSS_LIMITS, BenchConfig, bench, compare_losses, speed_ratio, summarise
-from ssmtune.bench_profile import called_operations, component_shares
+from ssmtune.bench_batch import document_lengths, make_batches
+from ssmtune.bench_profile import called_operations, kernel_kind, profile_step
 from ssmtune.bench_side import measure
 from ssmtune.cli.main import main
 from ssmtune.config import decode
@@ -41,6 +42,8 @@ def run_of(*seconds: float, loss: float = 4.0, **facts: Any) -> dict[str, Any]:
         "dead": [],
         "operations": "off",
         "components": {"mlp": 1.0},
+        "processed_tokens": 12,
+        "useful_tokens": 12,
         "floor_s": 0.25,
         "shape": {"dtype": "float32"},
         "device": "cpu",
@@ -105,6 +108,38 @@ def test_our_own_failure_is_an_error_and_a_bad_shape_is_refused(monkeypatch: pyt
         bench(BenchConfig(model="tiny-granite-h", repeats=1), on_message=lambda _: None)
     with pytest.raises(ConfigError, match="no multiple of row_length 100"):
         bench(BenchConfig(model="tiny-granite-h", tokens_per_step=250, row_length=100))
+    with pytest.raises(ConfigError, match="longer than a row of 100"):
+        bench(BenchConfig(model="tiny-granite-h", tokens_per_step=200, row_length=100, documents=101))
+
+
+def test_short_documents_are_the_same_on_both_sides_packed_on_ours_and_padded_on_the_peers() -> None:
+    config = BenchConfig(model="tiny-granite-h", tokens_per_step=2048, row_length=512, documents=40)
+    lengths = document_lengths(40, 2048, 512)
+    assert 35 < sum(lengths) / len(lengths) < 45 and max(lengths) > 5 * min(lengths)
+    (ours,) = make_batches(config, "ssmtune", 97)
+    theirs = make_batches(config, "transformers+peft", 97)
+    assert ours["num_tokens"] == sum(batch["num_tokens"] for batch in theirs) == sum(lengths)
+    assert ours["num_documents"] == sum(batch["num_documents"] for batch in theirs) == len(lengths)
+    assert ours["input_ids"].shape == (4, 512) and sum(lengths) > 0.9 * 2048
+    # The documents themselves, found again in both.
+    starts = [(row, int(column)) for row in range(4) for column in (ours["position_ids"][row] == 0).nonzero()]
+    packed = []
+    for row, column in starts:
+        rest = ours["position_ids"][row, column:]
+        stop = int((rest[1:] == 0).nonzero()[0]) + 1 if (rest[1:] == 0).any() else len(rest)
+        packed.append(ours["input_ids"][row, column : column + stop].tolist())
+    padded = [
+        row[mask.bool()].tolist()
+        for batch in theirs
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert sorted(map(len, padded)) == sorted(lengths)
+    assert all(document in packed for document in padded)
+    for batch in theirs:
+        assert len(batch["input_ids"]) <= 8 and (batch["labels"] == -100).equal(batch["attention_mask"] == 0)
+        assert batch["input_ids"].shape[1] == batch["attention_mask"].sum(1).max()
+    assert sum(batch["share"] for batch in theirs) == pytest.approx(1.0)
+    assert len(ours["targets"]) == sum(lengths) - len(lengths)
 
 
 def micro_bench(folder: Path, **fields: Any) -> BenchConfig:
@@ -122,21 +157,34 @@ def micro_bench(folder: Path, **fields: Any) -> BenchConfig:
         "pad_token_id": 0,
     }
     path.write_text(json.dumps(GraniteMoeHybridConfig(**shape).to_dict()))
-    config = BenchConfig(model=str(path), rank=2, tokens_per_step=32, row_length=16, num_steps=1, repeats=1, **fields)
+    length = 16 if fields.get("documents") is None else 64
+    rows = {"tokens_per_step": 2 * length, "row_length": length}
+    config = BenchConfig(model=str(path), rank=2, num_steps=1, repeats=1, **rows, **fields)
     return decode(BenchConfig, json.loads(json.dumps(asdict(config))), where="test")
 
 
 @pytest.mark.parametrize(
-    ("memory", "quantize"), [("fast", None), ("balanced", None), ("small", None), ("fast", QuantizeConfig())]
+    ("memory", "quantize", "documents"),
+    [
+        ("fast", None, None),
+        ("balanced", None, None),
+        ("small", None, None),
+        ("fast", QuantizeConfig(), None),
+        ("fast", None, 9),
+    ],
 )
-def test_both_sides_do_the_same_work(memory: str, quantize: QuantizeConfig | None, tmp_path: Path) -> None:
-    config = micro_bench(tmp_path, memory=memory, quantize=quantize)
+def test_both_sides_do_the_same_work(
+    memory: str, quantize: QuantizeConfig | None, documents: int | None, tmp_path: Path
+) -> None:
+    config = micro_bench(tmp_path, memory=memory, quantize=quantize, documents=documents)
     ours, theirs = measure(config, "ssmtune"), measure(config, "transformers+peft")
     assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=1e-5)
     assert ours["num_trained"] == theirs["num_trained"]
     assert ours["dead"] == theirs["dead"] == []
     assert theirs["operations"] == "transformers' own, without causal_conv1d, mamba_ssm"
     assert ours["floor_s"] > 0
+    assert ours["useful_tokens"] == theirs["useful_tokens"] <= ours["processed_tokens"]
+    assert (ours["processed_tokens"] < theirs["processed_tokens"]) == (documents is not None)
     held = ours["shape"]["quantization"]
     assert (held is None) == (quantize is None) and held == theirs["shape"]["quantization"]
     for side in (ours, theirs):
@@ -233,6 +281,17 @@ def test_the_peer_runs_on_kernels_that_are_installed(
         assert theirs["dead"] == []
 
 
+def test_the_peer_leaves_out_what_peft_refuses(tmp_path: Path) -> None:
+    """PEFT takes no LoRA on the output projection of some recurrent layers; what it does take is measured and counted."""
+    path = tmp_path / "mamba2.json"
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 1}
+    path.write_text(json.dumps(Mamba2Config(**sizes, num_hidden_layers=2).to_dict()))
+    config = BenchConfig(model=str(path), rank=2, tokens_per_step=16, row_length=16, num_steps=1, repeats=1)
+    ours, theirs = measure(config, "ssmtune"), measure(config, "transformers+peft")
+    assert ours["num_trained"] - theirs["num_trained"] == 2 * 2
+    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=1e-5)
+
+
 def test_time_goes_to_the_component_that_spends_it() -> None:
     """A slow module's forward and backward both count for it; what runs outside of modules is the rest."""
 
@@ -256,9 +315,37 @@ def test_time_goes_to_the_component_that_spends_it() -> None:
     def step() -> None:
         quick(slow(torch.ones(2, 3, requires_grad=True))).sum().backward()
 
-    shares = component_shares(step, [(slow, "recurrent"), (quick, "mlp")], with_cuda=False)
+    shares, kernels = profile_step(step, [(slow, "recurrent"), (quick, "mlp")], with_cuda=False)
     assert shares["recurrent"] > 0.8
     assert "mlp" in shares
+    slowest = {kernel["name"]: kernel for kernel in kernels["slowest"]}
+    assert slowest["aten::addmm"]["kind"] == "matrix products" and slowest["aten::addmm"]["count"] == 1
+    # The sleep is no operation of torch's, so that the kernels add up to less than the step.
+    total = sum(kernels["kinds"].values())
+    assert total == pytest.approx(sum(kernel["ms"] for kernel in kernels["slowest"])) and total < 50
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>", "matrix products"),
+        ("add_low_rank_kernel", "matrix products"),
+        ("_chunk_scan_fwd_kernel", "scan"),
+        ("through_states_kernel", "scan"),
+        ("void causal_conv1d_fwd_kernel<Causal_conv1d_fwd_kernel_traits<128, 4>>", "convolution"),
+        ("norm_back_kernel", "norm"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<>", "attention"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimiser"),
+        ("void at::native::vectorized_elementwise_kernel<4, BinaryFunctor>", "elementwise and sums"),
+        ("Memcpy DtoD (Device -> Device)", "copies and fills"),
+        ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<>", "loss"),
+        ("activate_back_kernel", "gate and activation"),
+        ("mystery", "other"),
+    ],
+)
+def test_a_kernel_is_sorted_by_its_name(name: str, kind: str) -> None:
+    assert kernel_kind(name) == kind
 
 
 def test_a_transformer_can_be_measured_too(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ssmtune.cli import main as cli
 from ssmtune.families.base import family_names, get_family
 from ssmtune.methods.base import method_names
 
-GRANITE = Path(__file__).parent.parent / "data" / "granite_4_h_micro.json"
+GRANITE = Path(__file__).parents[2] / "benchmarks/shapes/granite-4.0-h-micro.json"
 
 OPTIONS = {
     "demo": {"out", "json_output"},

@@ -21,7 +21,7 @@ from ssmtune.plan import Plan, make_plan
 from ssmtune.probe import Uses, probe
 from ssmtune.recipe import Edit, Recipe
 
-MICRO = Path(__file__).parents[1] / "data" / "granite_4_h_micro.json"
+MICRO = Path(__file__).parents[2] / "benchmarks/shapes/granite-4.0-h-micro.json"
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ from ssmtune.quantized import QuantizationNote, QuantizeConfig, dense, is_quanti
 from ssmtune.recipe import Edit, Recipe
 from ssmtune.verify import verify
 
-GRANITE = Path(__file__).parent.parent / "data" / "granite_4_h_micro.json"
+GRANITE = Path(__file__).parents[2] / "benchmarks/shapes/granite-4.0-h-micro.json"
 DENSE: Case = ("granite_hybrid", "dense")
 CASES: tuple[Case, ...] = (
     DENSE,

@@ -24,6 +24,9 @@ def bench(
     quantize: Annotated[
         str | None, typer.Option(help="Hold projections in 4 bits: nf4, or a YAML file with a quantize block.")
     ] = None,
+    documents: Annotated[
+        int | None, typer.Option(help="Short documents of this mean length: ours packs them, the peer pads them.")
+    ] = None,
     peer: Annotated[bool, typer.Option(help="Measure transformers + PEFT too.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write the record to this file.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
@@ -51,6 +54,7 @@ def bench(
         "repeats": repeats,
         "memory": memory,
         "quantize": None if quantize is None else asdict(read_quantize(quantize)),
+        "documents": documents,
         "peer": peer,
     }
     record = measure(decode(BenchConfig, fields, where="the command line"), on_message=words.print)
@@ -73,6 +77,8 @@ def _print_tables(record: dict[str, Any]) -> None:
     if shape["quantization"] is not None:
         held = shape["quantization"]
         title += f"; base {held['bytes_after'] / 2**30:.2f} GiB, {held['bytes_before'] / 2**30:.2f} without 4 bits"
+    if config["documents"] is not None:
+        title += f"; documents of {config['documents']} tokens in the mean, whose tokens alone count"
     headings = ("side", "tokens/s", "range", "first step", "peak memory")
     table = make_table(title, *headings, numbers=headings[1:])
     for name, side in record["sides"].items():
