@@ -92,12 +92,20 @@ def estimate(measurement: Measurement) -> float:
     """Rough seconds on an H200."""
     scale = 3.2 / BILLIONS[measurement.shape]
     if measurement.lengths:
-        steps = sum(n * (7 + 3 * measurement.num_steps) for n in measurement.lengths) / SPEED["small"]
+        steps = sum(m.row_length * (4 + 3 * m.num_steps) for m in each_length(measurement)) / SPEED["small"]
         return START_SECONDS + 6 * len(measurement.lengths) + steps
     tokens = measurement.rows * measurement.row_length * (4 + 3 * measurement.num_steps)
     ours = START_SECONDS + tokens / (SPEED[measurement.memory] * scale)
     theirs = START_SECONDS + tokens / (PEER_SPEED * scale) if measurement.peer else 0.0
     return measurement.repeats * (ours + theirs)
+
+
+def each_length(measurement: Measurement) -> list[Measurement]:
+    """A series of lengths as measurements of one, with more steps in a row where steps are short."""
+    return [
+        replace(measurement, lengths=(), row_length=n, num_steps=min(4, max(1, 32768 // n)))
+        for n in measurement.lengths
+    ]
 
 
 def to_config(measurement: Measurement, model: str, device: str) -> BenchConfig:
@@ -141,8 +149,7 @@ def run_lengths(configs: list[BenchConfig]) -> Iterator[dict[str, Any]]:
 
 def measure_lengths(measurement: Measurement, model: str, device: str, out: Path, slug: str) -> dict[str, Any]:
     """Run a series of lengths in a process of its own, and write the record anew after each of them."""
-    each = [replace(measurement, lengths=(), row_length=n) for n in measurement.lengths]
-    configs = [asdict(to_config(m, model, device)) for m in each]
+    configs = [asdict(to_config(m, model, device)) for m in each_length(measurement)]
     child = subprocess.Popen(
         [sys.executable, __file__, "--child", json.dumps(configs)], stdout=subprocess.PIPE, text=True
     )

@@ -254,51 +254,6 @@ def core_movement() -> str:
     )
 
 
-def benchmarks() -> dict[str, dict[str, Any]]:
-    """The records of `ssmtune bench`, by name; those of the operations have no sides."""
-    records = {path.stem: read_record(path, kind="benchmark") for path in sorted(BENCH.glob("*.json"))}
-    return {name: record for name, record in records.items() if "sides" in record}
-
-
-def bench_steps() -> str:
-    """Speed, memory and first step of both sides of every benchmark of the training step."""
-    rows = []
-    for name, record in benchmarks().items():
-        batch, length = record["shape"]["tokens"]
-        shape = f"{batch} x {length:,} {record['shape']['dtype']}"
-        memory = record["config"].get("memory", "small" if record["config"].get("recompute") else "fast")
-        shape += "" if memory == "fast" else f", memory: {memory}"
-        for side, found in record["sides"].items():
-            link = f"[{name}](../records/bench/{name}.json)"
-            row = [link, record["environment"]["device"], shape, side if side == "ssmtune" else _peer(side, found)]
-            if "error" in found:
-                kind = "out of memory" if "OutOfMemory" in found["error"] else "failed"
-                rows.append([*row, kind, "", "", "", ""])
-                continue
-            times = [s for run in record["runs"][side] for s in run["step_s"]]
-            tokens = batch * length
-            speed = f"{found['tokens_per_s']:,.0f} ({tokens / max(times):,.0f}-{tokens / min(times):,.0f})"
-            share = f"{record['floor']['step_s'] / found['step_s']:.0%}"
-            memory = f"{found['peak_memory_bytes'] / 2**30:.1f} GiB"
-            dead = f"{len(found['dead'])} of {found['num_trained']}"
-            rows.append([*row, speed, share, memory, f"{found['first_step_s']:.1f} s", dead])
-    headings = ["record", "device", "tokens", "side", "tokens/s (slowest-fastest step)", "of the floor's speed"]
-    return table([*headings, "peak memory", "first step", "did not move"], rows)
-
-
-def _peer(side: str, found: dict[str, Any]) -> str:
-    """The other side with the operations that it called, which the oldest records do not hold."""
-    return side if "error" in found else f"{side} on {found.get('operations', 'operations not recorded')}"
-
-
-def bench_components() -> str:
-    """Milliseconds of our step by component."""
-    found = {name: record["sides"]["ssmtune"]["components"] for name, record in benchmarks().items()}
-    parts = dict.fromkeys(part for components in found.values() for part in components)
-    rows = [[part, *(f"{c.get(part, 0) * 1000:,.1f}" for c in found.values())] for part in parts]
-    return table(["component", *found], rows)
-
-
 def operation_records() -> list[dict[str, Any]]:
     """The records of the kernels on a GPU."""
     records = [read_record(path, kind="benchmark") for path in sorted(BENCH.glob("operations-*.json"))]
@@ -717,8 +672,10 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/tasks.md": {"tasks": tasks, "task-pages": task_pages},
     "docs/tiny-granite-h.md": {"facts": pretrain_facts, "samples": pretrain_samples},
     "docs/performance.md": {
-        "steps": bench_steps,
-        "components": bench_components,
+        **{
+            name: beside("speed_tables", name)
+            for name in ("steps", "components", "lengths", "packed", "qlora", "curve", "profile", "kernels")
+        },
         "operations": bench_operations,
         "parity": bench_parity,
         "cpu": bench_cpu,

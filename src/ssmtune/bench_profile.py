@@ -130,7 +130,8 @@ def kernel_times(events: Any, *, with_cuda: bool) -> dict[str, Any]:
     seconds: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for event in events:
-        if with_cuda and event.device_type == DeviceType.CUDA and not event.name.startswith(PREFIX):
+        # Marks show on the GPU as well, over the kernels that they hold.
+        if with_cuda and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             seconds[event.name] += event.self_device_time_total
             counts[event.name] += 1
         elif not with_cuda and event.name.startswith("aten::"):

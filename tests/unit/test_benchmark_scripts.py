@@ -1,0 +1,298 @@
+"""The scripts that measure speed, and the tables that their records become."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GraniteMoeHybridConfig
+
+from ssmtune import bench as bench_module
+from ssmtune.bench import BenchConfig, bench
+from ssmtune.errors import CheckFailed, ConfigError
+from ssmtune.models import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(folder: str, name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+TRAINING, CURVE, TABLES = (
+    load("benchmarks", "training"),
+    load("benchmarks", "loss_curve"),
+    load("recipes", "speed_tables"),
+)
+
+
+@pytest.fixture
+def micro(tmp_path: Path) -> str:
+    """A config of one Mamba-2 layer and one of attention."""
+    config = GraniteMoeHybridConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        shared_intermediate_size=24,
+        num_local_experts=0,
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_d_state=16,
+        layer_types=["linear_attention", "full_attention"],
+        pad_token_id=0,
+    )
+    path = tmp_path / "micro.json"
+    path.write_text(json.dumps(config.to_dict()))
+    return str(path)
+
+
+def run_of(side: str, step_s: float, **facts: Any) -> dict[str, Any]:
+    """What a side's process answers."""
+    kernels = {
+        "kinds": {"scan": 3.0, "matrix products": 5.0},
+        "slowest": [{"name": f"kernel_of_{side}", "kind": "scan", "count": 2, "ms": 3.0}],
+    }
+    return {
+        "step_s": [step_s],
+        "first_step_s": 1.0,
+        "first_loss": 4.0,
+        "peak_memory_bytes": 2**30,
+        "num_trained": 8 if side == "ssmtune" else 6,
+        "dead": [],
+        "operations": f"operations of {side}",
+        "components": {"mlp": 1.0},
+        "kernels": kernels,
+        "processed_tokens": 64 if side == "ssmtune" else 160,
+        "num_documents": 4,
+        "useful_tokens": 60,
+        "floor_s": 0.25,
+        "shape": {"dtype": "float32", "parameters": 7, "trainable": 3, "tokens": [1, 64], "quantization": None},
+        "device": "some device",
+        **facts,
+    }
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, ours: float = 1.0, theirs: float = 2.0, **facts: Any) -> None:
+    """Let both sides answer without being run, with steps of so many seconds."""
+    monkeypatch.setattr(
+        bench_module, "_run_side", lambda config, side: run_of(side, ours if side == "ssmtune" else theirs, **facts)
+    )
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["training.py", *arguments])
+    code: int = TRAINING.main()
+    return code
+
+
+def test_every_measurement_is_of_a_shape_and_has_a_name_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [m.name for m in TRAINING.MEASUREMENTS]
+    assert len(set(names)) == len(names)
+    assert {m.shape for m in TRAINING.MEASUREMENTS} == {
+        path.stem for path in (ROOT / "benchmarks/shapes").glob("*.json")
+    }
+    assert run_script(monkeypatch, "--plan") == 0
+    planned = capsys.readouterr().out
+    assert all(f"{name} " in planned for name in names)
+    seconds = [float(found) for found in re.findall(r"about +(\d+) s", planned)]
+    assert sum(seconds[:-1]) == pytest.approx(seconds[-1], abs=len(names))
+    for measurement in TRAINING.MEASUREMENTS:
+        # As bench() would refuse them.
+        assert TRAINING.to_config(measurement, "tiny-granite-h", "cpu").tokens_per_step % measurement.row_length == 0
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, "--only", "no-such-thing")
+
+
+def test_a_failure_is_recorded_and_the_next_one_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(monkeypatch)
+
+    def broken(config: BenchConfig, **options: Any) -> dict[str, Any]:
+        if config.memory == "fast":
+            raise CheckFailed("ssmtune's own side did not finish: torch.OutOfMemoryError: CUDA out of memory.")
+        return bench(config, **options)
+
+    monkeypatch.setattr(TRAINING, "bench", broken)
+    chosen = ["--only", "granite*1x8192-fast", "granite*1x8192-small", "--toy", "--out", str(tmp_path)]
+    assert run_script(monkeypatch, *chosen) == 1
+    records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    fast, small = (records[f"granite-4.0-h-micro-1x64-{memory}-cpu"] for memory in ("fast", "small"))
+    assert fast["status"] == "failed" and "out of memory" in fast["error"]
+    assert small["status"] in ("done", "provisional") and small["ratio"]["median"] == 2.0
+    monkeypatch.setattr(TABLES, "BENCH", tmp_path)
+    rows = TABLES.steps().splitlines()[2:]
+    assert "| out of memory |" in rows[0] and len(rows) == 3
+    assert "| 60 (60-60) | 2.0 | 25% |" in rows[1]
+    # What the other side lacks is said, and what it ran on.
+    assert "transformers+peft on operations of transformers+peft | 30 (30-30) |" in rows[2]
+    assert "| 0 of 6, 2 left out |" in rows[2]
+    # Nothing starts once the time is over.
+    for path in tmp_path.glob("*.json"):
+        path.unlink()
+    assert run_script(monkeypatch, *chosen, "--seconds", "-1") == 0
+    assert not list(tmp_path.glob("*.json")) and "not started" in capsys.readouterr().out
+
+
+def test_longer_rows_than_fit_are_computed_again_in_the_backward_pass(
+    micro: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = TRAINING.measure
+
+    def small_device(config: BenchConfig, side: str) -> dict[str, Any]:
+        if config.row_length > 16 and config.memory == "fast" or config.row_length > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        found: dict[str, Any] = measured(config, side)
+        return found
+
+    monkeypatch.setattr(TRAINING, "measure", small_device)
+    series = TRAINING.Measurement(shape="any", lengths=(16, 32, 128), peer=False)
+    configs = [TRAINING.to_config(m, micro, "cpu") for m in TRAINING.each_length(series)]
+    entries = list(TRAINING.run_lengths([TRAINING.replace(config, num_steps=1, rank=2) for config in configs]))
+    assert [(entry["length"], entry["memory"]) for entry in entries] == [(16, "fast"), (32, "small"), (128, "small")]
+    assert "error" in entries[2] and all(entry["tokens_per_s"] > 0 and not entry["dead"] for entry in entries[:2])
+    record = TRAINING.new_record("benchmark", config={**vars(configs[0]), "benchmark": "lengths"}, entries=entries)
+    record["config"]["quantize"] = None
+    TRAINING.write_json(tmp_path / "b" / "x-lengths.json", record)
+    monkeypatch.setattr(TABLES, "BENCH", tmp_path / "b")
+    rows = TABLES.lengths().splitlines()[2:]
+    assert "| 1 x 16 | fast |" in rows[0] and "| 1.00 |" in rows[0]
+    assert "| 1 x 128 | small | out of memory |" in rows[2]
+
+
+def test_tables_of_documents_of_four_bits_and_of_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TABLES, "BENCH", tmp_path)
+    assert {table() for table in (TABLES.steps, TABLES.packed, TABLES.qlora, TABLES.curve, TABLES.profile)} == {
+        TABLES.NO_RECORD
+    }
+    answer(monkeypatch)
+    config = BenchConfig(model="tiny-granite-h", tokens_per_step=64, row_length=64, repeats=1)
+    older = bench(config, on_message=str)
+    older["created"] = "2020-01-01T00:00:00+00:00"
+    older["sides"]["ssmtune"]["tokens_per_s"] = 1.0
+    plain = bench(config, on_message=str)
+    documents = bench(TRAINING.replace(config, documents=16), on_message=str)
+    held = {"bytes_before": 2**31, "bytes_after": 2**30}
+    shape = {**run_of("ssmtune", 1.0)["shape"], "quantization": held}
+    answer(monkeypatch, 4.0, 4.0, shape=shape)
+    quantized = bench(TRAINING.replace(config, quantize=TRAINING.QuantizeConfig()), on_message=str)
+    for name, record in (("a", older), ("b", plain), ("c", documents), ("d", quantized)):
+        TRAINING.write_json(tmp_path / f"{name}.json", record)
+    # The older record of the same measurement is history.
+    assert "b.json" in TABLES.steps() and "a.json" not in TABLES.steps() and "c.json" not in TABLES.steps()
+    ours, theirs = TABLES.packed().splitlines()[2:]
+    assert "| 4, of 15 in the mean | ssmtune | 60 (60-60) | 2.0 | 64 | 6% |" in ours
+    assert "| 30 (30-30) |  | 160 | 62% |" in theirs
+    ours, theirs = TABLES.qlora().splitlines()[2:]
+    assert "| ssmtune | 15 (15-15) | 0.25 | 1.0 | 1.00 of 2.00 GiB |" in ours and "| 0.50 |" in theirs
+    kinds = TABLES.profile().splitlines()
+    assert "| matrix products | scan | all kernels | timed step |" in kinds[0] and len(kinds) == 2 + 6
+    assert "| 5.0 | 3.0 | 8.0 | 1,000.0 |" in kinds[2]
+    assert "| `kernel_of_ssmtune` | scan | 2 | 3.00 |" in TABLES.kernels()
+    # Two sides that compute different losses have no speed.
+    plain["parity"]["ok"] = False
+    TRAINING.write_json(tmp_path / "b.json", plain)
+    assert TABLES.steps().count("losses differ") == 2 and "60 (60-60)" not in TABLES.steps()
+
+
+def test_rows_of_the_curve_are_the_text_cut_at_documents_and_halves(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("One document.\n<|doc|>\nAnother one, which is longer.")
+    num = CURVE.write_tokens([text], tmp_path / "ids.npy", 1000)
+    ids = np.load(tmp_path / "ids.npy", allow_pickle=False)
+    tokenizer = load_tokenizer("tiny-granite-h")
+    assert len(ids) == num and ids[0] == tokenizer.eos_token_id and (ids == ids[0]).sum() == 2
+    assert tokenizer.decode(ids[1:]).startswith("One document.")
+    ids = np.array([9, 1, 2, 9, 3, 4, 5, 6, 9, 7, 8, 1], dtype=np.uint16)
+    halves = CURVE.make_rows(ids, 3, 4)
+    assert [row["seq_lengths"] for row in halves] == [[3], [3], [2, 1], [3]]
+    whole = CURVE.joined(halves)
+    assert [row["input_ids"] for row in whole] == [[9, 1, 2, 9, 3, 4], [5, 6, 9, 7, 8, 1]]
+    assert [row["seq_lengths"] for row in whole] == [[3, 3], [2, 1, 3]]
+    with pytest.raises(ConfigError, match="need 15 ids and there are 12"):
+        CURVE.make_rows(ids, 3, 5)
+
+
+def test_the_verdict_is_the_rule() -> None:
+    noise = [0.1 * (-1) ** step for step in range(16)]
+    plain = [5.0 - 0.1 * step for step in range(16)]
+
+    def verdict(gap: list[float]) -> bool:
+        curves = {
+            "plain": plain,
+            "fast": [p + g for p, g in zip(plain, gap, strict=True)],
+            "split": [p + n for p, n in zip(plain, noise, strict=True)],
+        }
+        found: bool = CURVE.compare(curves)["within_noise"]
+        return found
+
+    assert verdict([2.9 * n for n in noise])
+    assert not verdict([3.1 * n for n in noise])
+    # As small as the noise in size, but always worse at the end.
+    assert not verdict([0.11] * 16) and verdict([0.09] * 16)
+    assert CURVE.compare({"plain": plain, "fast": plain}) is None
+
+
+@pytest.fixture
+def curve_setup(micro: str, tmp_path: Path) -> tuple[Any, Path]:
+    ids = np.random.default_rng(0).integers(1, 97, 5 * 64).astype(np.uint16)
+    np.save(tmp_path / "ids.npy", ids, allow_pickle=False)
+    return CURVE.Setup(model=micro, device="cpu", rank=2, num_steps=5, row_length=64), tmp_path / "ids.npy"
+
+
+def test_both_paths_learn_alike_and_a_broken_one_does_not(
+    curve_setup: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, ids = curve_setup
+    (tmp_path / "b").mkdir()
+    record = CURVE.run(setup, ids, tmp_path / "b" / "curve.json", float("inf"))
+    assert record["status"] in ("done", "provisional")
+    losses = {arm: facts["losses"] for arm, facts in record["arms"].items()}
+    assert all(len(curve) == 5 for curve in losses.values())
+    # fp32: another order of summation, and what five steps make of it.
+    assert losses["fast"] == pytest.approx(losses["plain"], abs=1e-4)
+    assert losses["split"] == pytest.approx(losses["plain"], abs=1e-4)
+    assert "layers rewritten" in record["arms"]["fast"]["operations"]
+    assert record["arms"]["fast"]["head"] == "without logits" and record["arms"]["plain"]["operations"] == "off"
+    monkeypatch.setattr(TABLES, "BENCH", tmp_path / "b")
+    assert "within noise**" in TABLES.curve() and "| split |" in TABLES.curve()
+
+    attach = CURVE.attach
+
+    def half_trained(model: Any, plan: Any, fast: str) -> Any:
+        adapted = attach(model, plan, fast=fast)
+        if fast == "require":
+            for name, parameter in adapted.trained_parameters().items():
+                if "lora_B" in name:
+                    parameter.register_hook(torch.zeros_like)
+        return adapted
+
+    monkeypatch.setattr(CURVE, "attach", half_trained)
+    monkeypatch.setattr("ssmtune.watch._refuse_dead", lambda groups, waiting: None)
+    record = CURVE.run(setup, ids, tmp_path / "broken.json", float("inf"))
+    assert record["comparison"]["within_noise"] is False
+
+
+def test_a_stopped_curve_leaves_what_there_is(curve_setup: tuple[Any, Path], tmp_path: Path) -> None:
+    setup, ids = curve_setup
+    CURVE.run(setup, ids, tmp_path / "part.json", 0.0)
+    record = json.loads((tmp_path / "part.json").read_text())
+    assert record["status"] == "aborted" and record["comparison"] is None
+    assert list(record["arms"]) == ["fast"] and len(record["arms"]["fast"]["losses"]) == 1
