@@ -18,6 +18,7 @@ from ssmtune import bench as bench_module
 from ssmtune.bench import BenchConfig, bench
 from ssmtune.errors import CheckFailed, ConfigError
 from ssmtune.models import load_tokenizer
+from ssmtune.report import write_report
 
 ROOT = Path(__file__).parents[2]
 
@@ -175,6 +176,7 @@ def test_longer_rows_than_fit_are_computed_again_in_the_backward_pass(
     rows = TABLES.lengths().splitlines()[2:]
     assert "| 1 x 16 | fast |" in rows[0] and "| 1.00 |" in rows[0]
     assert "| 1 x 128 | small | out of memory |" in rows[2]
+    assert "lengths" in write_report([record], tmp_path / "r.html", "r").read_text()
 
 
 def test_tables_of_documents_of_four_bits_and_of_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +275,8 @@ def test_both_paths_learn_alike_and_a_broken_one_does_not(
     assert record["arms"]["fast"]["head"] == "without logits" and record["arms"]["plain"]["operations"] == "off"
     monkeypatch.setattr(TABLES, "BENCH", tmp_path / "b")
     assert "within noise**" in TABLES.curve() and "| split |" in TABLES.curve()
+    # A report of records takes it, as what has no step to draw.
+    assert "loss-curve" in write_report([record], tmp_path / "r.html", "r").read_text()
 
     attach = CURVE.attach
 
