@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import GraniteMoeHybridConfig
 from ssmtune import bench as bench_module
 from ssmtune.bench import BenchConfig, bench
 from ssmtune.errors import CheckFailed, ConfigError
+from ssmtune.graphs import SWITCH
 from ssmtune.models import load_tokenizer
 from ssmtune.report import write_report
 
@@ -167,6 +169,8 @@ def test_longer_rows_than_fit_are_computed_again_in_the_backward_pass(
     series = TRAINING.Measurement(shape="any", lengths=(16, 32, 128), peer=False)
     configs = [TRAINING.to_config(m, micro, "cpu") for m in TRAINING.each_length(series)]
     entries = list(TRAINING.run_lengths([TRAINING.replace(config, num_steps=1, rank=2) for config in configs]))
+    # The profile of one length switches graphs off, for itself alone.
+    assert SWITCH not in os.environ
     assert [(entry["length"], entry["memory"]) for entry in entries] == [(16, "fast"), (32, "small"), (128, "small")]
     assert "error" in entries[2] and all(entry["tokens_per_s"] > 0 and not entry["dead"] for entry in entries[:2])
     record = TRAINING.new_record("benchmark", config={**vars(configs[0]), "benchmark": "lengths"}, entries=entries)
