@@ -124,10 +124,11 @@ class Graphs:
             try:
                 self._record(backbone, key, run, leaves, structure)
             except (RuntimeError, NotImplementedError) as error:
-                self.refusal = f"recording failed: {str(error).splitlines()[0]}"
+                self.refusal = reason = f"recording failed: {str(error).splitlines()[0]}"
+            if self.refusal is not None:
+                # Out of the handler: the error holds what was recorded, and the pass to come needs its memory.
                 self.release()
                 log.warning("Training without CUDA graphs: %s.", self.refusal)
-                reason = self.refusal
         if reason is not None:
             self.eager[reason] += 1
             return run(*args, **kwargs)
@@ -205,6 +206,9 @@ class Graphs:
         """Give the recordings' memory back."""
         self.recordings.clear()
         self.seen.clear()
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def replayable(self, current: Pass) -> bool:
         """Whether the activations of a pass are still those in the recordings' memory."""

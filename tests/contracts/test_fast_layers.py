@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 from tolerances import OP_FP32, relative_rms
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import ssmtune
 from ssmtune.discovery import module_names
 from ssmtune.errors import AttachError
 from ssmtune.families.base import get_family
-from ssmtune.fast import _linear
+from ssmtune.fast import _linear, _mamba2
 from ssmtune.head_loss import HeadLoss, head_on
 from ssmtune.memory import keep_activations
+from ssmtune.ops.mamba2_mixer import mamba2_mixer
 
 FAMILIES = module_names("ssmtune.fast")
 CASES = [(family, name) for family in FAMILIES for name in get_family(family).tiny_configs()]
@@ -148,6 +149,27 @@ def test_switched_off_and_detached(family: str) -> None:
     detached = adapted.detach()
     assert not any("forward" in vars(module) for module in detached.modules())
     assert torch.equal(detached(**given).logits, base(**given).logits)
+
+
+def test_a_residual_stream_in_fp32_is_served_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the layers' weights are in autocast's dtype, and what passes between the layers is not."""
+    served: list[torch.dtype] = []
+
+    def watched(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        served.append(x.dtype)
+        return mamba2_mixer(x, *args, **kwargs)
+
+    monkeypatch.setattr(_mamba2, "mamba2_mixer", watched)
+    config = tiny_config(("mamba2", "tied"))
+    assert config.residual_in_fp32 and config.num_hidden_layers > 1
+    for dtype, expected in ((torch.bfloat16, [torch.bfloat16] * config.num_hidden_layers), (torch.float32, [])):
+        # A model in fp32, whose products autocast would round, keeps its own layers.
+        served.clear()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        adapted = ssmtune.attach(model, ssmtune.make_plan(model, recipe="all+core"), fast="require").train()
+        with torch.autocast("cpu", torch.bfloat16):
+            adapted(**inputs(adapted, "plain"))
+        assert served == expected
 
 
 def test_factors_follow_what_is_written_to_them() -> None:

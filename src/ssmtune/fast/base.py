@@ -168,6 +168,8 @@ def _refusal(block: Block, layer: nn.Module, sites: Sequence[Site]) -> str | Non
 def _layer_forward(layer: Any, block: Block) -> Callable[..., Any]:
     own: Callable[..., Any] = types.MethodType(type(layer).forward, layer)
     takes = list(inspect.signature(type(layer).forward).parameters)[1:]
+    # Not the hidden states: a residual stream may be fp32 between layers in bf16.
+    weight = next(module.weight for module in layer.modules() if isinstance(module, nn.Linear))
 
     def compute(hidden: torch.Tensor, inside: Inside) -> Any:
         # Everything inside is in the model's dtype already; each operation would switch autocast off by itself.
@@ -178,7 +180,7 @@ def _layer_forward(layer: Any, block: Block) -> Callable[..., Any]:
         """The rewritten layer for whole sequences; the layer's own forward beside a cache or padding."""
         given = {**dict(zip(takes, args, strict=False)), **kwargs}
         hidden = given.pop("hidden_states")
-        if given.get("past_key_values") is not None or given.get("cache_params") is not None or is_cast(hidden):
+        if given.get("past_key_values") is not None or given.get("cache_params") is not None or is_cast(weight):
             return own(*args, **kwargs)
         seq_idx = given.get("seq_idx")
         for mask in (value for name, value in given.items() if name.endswith("attention_mask")):
