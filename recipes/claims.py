@@ -179,14 +179,28 @@ def harm(arrangement: str) -> Callable[[], Finding]:
             for row in record["comparisons"]
             if (row["arm"], row["baseline"]) == ("recurrent", "base") and row["model"].endswith(arrangement)
         ]
-        able = [row for row in rows if reached[row["model"], row["trained_on"], row["evaluated_on"]] > MARGIN]
-        if able or not rows:
-            return Finding(verdict=verdict(able, "lower"), figures=figures(able), record=PLACEMENT if able else None)
+        able = [row for row in rows if reached[_place(row)] > MARGIN]
+        if not rows:
+            return Finding(verdict=NOT_RUN)
+        if able:
+            beside = {
+                _place(row): direction(row)
+                for row in record["comparisons"]
+                if (row["arm"], row["baseline"]) == ("attention", "base")
+            }
+            # Training costs other tasks wherever the adapters are: the claim is about this place.
+            also = sum(beside.get(_place(row)) == "lower" for row in able)
+            shown = f"{figures(able)}; LoRA on attention is below the base as well in {also} of {len(able)}"
+            return Finding(verdict=verdict(able, "lower"), figures=shown, record=PLACEMENT)
         return Finding(
             verdict="not testable here: the untrained models are at the floor", figures=figures(rows), record=PLACEMENT
         )
 
     return judge
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["model"], row["trained_on"], row["evaluated_on"]
 
 
 def topology_contrast() -> Finding:

@@ -121,7 +121,7 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(RecordError):
         kept = read_record(part, kind="synthetic")
         if kept["config"] == settings and kept["environment"]["code"] == environment()["code"]:
-            return {key: kept[key] for key in ("bits_per_byte", "recall")}
+            return {key: kept[key] for key in ("bits_per_byte", "recall")} | {"device": kept["environment"]["device"]}
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(argument["model"])
     model = evaluation_model(EvaluateConfig(model=argument["model"], task="needle", adapter=argument["adapter"]))
@@ -140,8 +140,9 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
         "bits_per_byte": [-n / math.log(2) / size for n, size in zip(nats, num_bytes, strict=True)],
         "recall": [float(value) for value in right],
     }
-    write_json(part, new_record("synthetic", config=settings, **found))
-    return found
+    record = new_record("synthetic", config=settings, **found)
+    write_json(part, record)
+    return found | {"device": record["environment"]["device"]}
 
 
 def jobs_of(cells: list[Cell], data: str, parts: Path) -> tuple[list[Job[dict[str, Any]]], list[dict[str, Any]]]:
@@ -244,7 +245,7 @@ def main() -> None:
     parts = arguments.parts or Path(config.output_dir) / "side-effects"
     jobs, missing = jobs_of(expand(config, inputs=study_inputs(config)), str(arguments.data), parts)
     devices = [name for name in arguments.devices.split(",") if name]
-    cells, failures = [], []
+    cells, failures, used = [], [], set()
     left = {job.key: {key: job.argument[key] for key in FACTS} for job in jobs}
     slots = local_slots(min(arguments.workers, len(jobs)), devices)
     with contextlib.closing(run_jobs(jobs, measure, slots=slots, retries=1, seconds=JOB_SECONDS)) as ended:
@@ -253,6 +254,7 @@ def main() -> None:
             if outcome.value is None:
                 failures.append({**facts, "error": str(outcome.error)})
             else:
+                used.add(outcome.value.pop("device"))
                 cells.append({**facts, **outcome.value})
             passed = time.monotonic() - started
             if not len(left) % 20:
@@ -268,6 +270,8 @@ def main() -> None:
             **record,
             "status": "provisional" if missing or record["environment"]["dirty"] else "done",
             "method": METHOD,
+            # Parts may have been measured elsewhere.
+            "devices": sorted(used),
             "cells": cells,
             "failures": failures,
             "missing": missing,

@@ -84,12 +84,14 @@ def test_harm_is_judged_where_something_can_be_lost(tmp_path: Path, monkeypatch:
         path = tmp_path / f"{score}.json"
         tasks = [{**place, "primary": "exact", "arms": [arm]}]
         rows = [{**found, **place, "arm": "recurrent", "baseline": "base"}]
+        rows += [{**LOWER, **place, "arm": "attention", "baseline": "base"}]
         write_json(path, new_record("study", config={}, tasks=tasks, comparisons=rows))
         monkeypatch.setattr(claims, "PLACEMENT", path)
         return claims.harm("sequential")()
 
     assert judged(0.0, row(0.0, 0.0, 1.0)).verdict == "not testable here: the untrained models are at the floor"
     assert judged(0.3, LOWER).verdict == "replicated"
+    assert judged(0.32, LOWER).figures.endswith("; LoRA on attention is below the base as well in 1 of 1")
     assert judged(0.31, HIGHER).verdict == "not replicated: the opposite in 1 of 1"
     assert claims.harm("parallel")() == claims.Finding(verdict="not run")
 
