@@ -101,9 +101,21 @@ def _arms(record: Mapping[str, Any] | None) -> str:
     arms = list(dict.fromkeys(arm["name"] for panel in own for arm in panel["arms"]))
     if any(panel["model"] for panel in own):
         rows = [[p["model"], short(p["trained_on"]), *(_interval(p, arm) for arm in arms)] for p in own]
-        return _table(["model", "trained on", *arms], rows)
+        return _table(["model", "trained on", *arms], rows) + "\n\n" + at_the_edge(record)
     heads = [f"{short(panel['trained_on'])} ({panel['primary']})" for panel in own]
-    return _table(["arm", *heads], [[arm, *(_interval(panel, arm) for panel in own)] for arm in arms])
+    made = _table(["arm", *heads], [[arm, *(_interval(panel, arm) for panel in own)] for arm in arms])
+    return made + "\n\n" + at_the_edge(record)
+
+
+def at_the_edge(record: Mapping[str, Any]) -> str:
+    """How often the highest of the rates that were tried was chosen: a still higher one might have been better."""
+    choices = {(t["name"], t["task"]): t["rates"] for t in record["tuned"]}
+    highest = 0
+    for (name, _), rates in choices.items():
+        arm = record["config"]["cells"][name.rpartition(": ")[2]]
+        tried = arm.get("tune") or record["config"]["tune"]
+        highest += all(value == max(tried[rate]) for rate, value in rates.items())
+    return f"Of {len(choices)} choices of a rate, {highest} fell on the highest of those tried."
 
 
 def _found(panel: Mapping[str, Any], arm: str) -> Mapping[str, Any] | None:

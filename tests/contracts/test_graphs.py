@@ -175,6 +175,25 @@ def test_a_second_backward_of_the_same_pass_gives_the_same() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, parameters), strict=True))
 
 
+def test_what_was_handed_out_outlives_the_next_pass() -> None:
+    adapted, graphs = recorded()
+    backbone = adapted.get_base_model().base_model
+    parameters = list(adapted.trained_parameters().values())
+
+    def run(number: int) -> list[torch.Tensor]:
+        hidden = backbone(**batch(number), use_cache=False).last_hidden_state
+        return [hidden.detach(), *torch.autograd.grad(hidden.square().sum(), parameters, allow_unused=True)]
+
+    # What calls the backbone alone hands it other arguments than the model does: a shape of its own.
+    for number in range(EAGER_PASSES):
+        run(number)
+    first = run(1)
+    copies = [tensor.clone() for tensor in first]
+    run(2)
+    assert graphs.num_replayed == 3
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(first, copies, strict=True))
+
+
 def test_without_gradients_and_in_evaluation_nothing_is_replayed() -> None:
     adapted, graphs = recorded()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import gzip
 import io
@@ -31,6 +32,7 @@ from ssmtune.report import tables, write_report
 from ssmtune.report.arms import collect
 from ssmtune.report.comparisons import null_band
 from ssmtune.report.page import make_sections
+from ssmtune.report.paragraph import MAX_LISTED, methods
 from ssmtune.report.sources import FIELDS
 
 BENCH = Path(__file__).parent.parent.parent / "records" / "bench"
@@ -195,6 +197,37 @@ def test_the_methods_paragraph_says_what_the_records_hold(written: Path, full: l
         assert words in paragraph, words
     effects = [m["effect"] for m in study["minimum_detectable_effect"] if m["task"] == "granite: mapping -> rules"]
     assert f"granite: mapping -> rules {100 * min(effects):.1f} pp to {100 * max(effects):.1f} pp" in paragraph
+
+
+def test_a_task_that_calls_itself_otherwise_stays_where_it_was_trained(full: list[dict[str, Any]]) -> None:
+    """A task of somebody's own is asked for by module and name; its evaluations hold the name that it gives itself."""
+    renamed = copy.deepcopy(full)
+    for record in renamed:
+        for evaluation in [record[k] for k in ("evaluate",) if record.get(k)] + list(record.get("transfer") or ()):
+            if isinstance(evaluation, dict) and evaluation.get("config", {}).get("task") == "mapping":
+                evaluation["task"] = "map"
+    assert renamed != full
+    before, after = (collect(records) for records in (full, renamed))
+    assert list(after.panels) == list(before.panels)
+    assert all(arm.evaluations.keys() == after.arms[name].evaluations.keys() for name, arm in before.arms.items())
+
+
+def test_many_choices_and_panels_are_told_by_their_range(full: list[dict[str, Any]]) -> None:
+    study = copy.deepcopy(full[-1])
+    study["tuned"] = [
+        {"name": f"arm{i}", "task": "mapping", "rates": {"learning_rate": 0.01 if i % 3 else 0.003}, "seed": 0}
+        for i in range(MAX_LISTED + 2)
+    ]
+    effect = study["minimum_detectable_effect"][0]
+    study["minimum_detectable_effect"] = [
+        {**effect, "task": f"granite: {task}", "effect": size}
+        for i in range(MAX_LISTED)
+        for task, size in ((f"t{i}", 0.1 + 0.01 * i), (f"t{i} -> u", 0.3))
+    ]
+    paragraph = str(methods(collect([*full[:-1], study])).words[0])
+    assert "chosen: 0.003 (5 times) and 0.01 (9 times), as the table below says" in paragraph
+    assert re.search("on the task trained on, (shares 10.0 pp|scores 0.1) to", paragraph)
+    assert re.search("on other tasks, (shares 30.0 pp|scores 0.3)[^ ]* ?", paragraph)
 
 
 def test_rates_that_were_tried_are_listed(page: Page) -> None:

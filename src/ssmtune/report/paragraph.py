@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from ssmtune.report.comparisons import is_share
 from ssmtune.report.sections import Section
 from ssmtune.report.sources import Record, Source
 from ssmtune.report.tables import Cell, Column, Table
+
+MAX_LISTED = 12
+"""Rates and smallest effects that are named one by one; more of them are told by their range."""
 
 EXECUTION = ("output_dir", "workers", "retries")
 """Fields of a study that say how it was run, not what it is."""
@@ -87,7 +91,7 @@ def _study(collection: Collection, study: Source) -> markupsafe.Markup:
         + (f", each with the data orders {_listed(orders)}" if (orders := config.get("data_orders")) else "")
         + f", in {len(config['cells'])} arms: {'; '.join(_arm(name, cell) for name, cell in config['cells'].items())}",
     ]
-    sentences = [", ".join(lines), *_training(collection), _tuning(record), _evaluated(collection, config)]
+    sentences = [", ".join(lines), *_training(collection), _tuning(collection, record), _evaluated(collection, config)]
     sentences += [
         "Differences are paired by seed and example; intervals of 95 % and p by: " + record["method"],
         _adjustment(record),
@@ -146,7 +150,7 @@ def _at(config: Mapping[str, Any], path: Sequence[str]) -> Any:
     return value
 
 
-def _tuning(record: Record) -> str:
+def _tuning(collection: Collection, record: Record) -> str:
     config, tuned = record["config"], record.get("tuned") or []
     tune = config.get("tune") or next((c["tune"] for c in config["cells"].values() if c.get("tune")), None)
     if tune is None:
@@ -154,10 +158,15 @@ def _tuning(record: Record) -> str:
     lists = [f"{n.replace('_', ' ')} {_listed(v)}" for n, v in tune.items() if n.endswith("_rate") and v]
     where = f"on {tune['task']} for all" if tune.get("task") else "for each model, arm and task"
     chosen = dict.fromkeys((t["name"], t["task"], tuple(sorted(t["rates"].items()))) for t in tuned)
-    words = [f"{name} on {task}: {_listed(f'{v:g}' for _, v in rates)}" for name, task, rates in chosen]
+    if len(chosen) <= MAX_LISTED:
+        words = "; ".join(f"{name} on {task}: {_listed(f'{v:g}' for _, v in rates)}" for name, task, rates in chosen)
+    else:
+        counts = Counter(", ".join(f"{v:g}" for _, v in rates) for _, _, rates in chosen)
+        words = f"{_listed(f'{rates} ({num} times)' for rates, num in sorted(counts.items()))}"
+        words += ", as the table below says" if collection.of("study_tuning") else ""
     return (
         f"Rates were chosen by {tune.get('on', 'validation')} loss with the seed {tune['seed']}, which no reported run "
-        f"uses, {where}, from {'; '.join(lists)}" + (f"; chosen: {'; '.join(words)}" if words else "")
+        f"uses, {where}, from {'; '.join(lists)}" + (f"; chosen: {words}" if words else "")
     )
 
 
@@ -181,13 +190,20 @@ def _adjustment(record: Record) -> str:
 
 
 def _resolvable(record: Record) -> list[str]:
-    """The range of effects that a repetition would find, per panel."""
-    lines = []
-    for task in dict.fromkeys(m["task"] for m in record["minimum_detectable_effect"]):
+    """The range of effects that a repetition would find, per panel; over all panels of a kind where there are many."""
+    sizes: dict[tuple[str, bool], list[float]] = {}
+    many = len({m["task"] for m in record["minimum_detectable_effect"]}) > MAX_LISTED
+    for found in record["minimum_detectable_effect"]:
+        task = found["task"]
+        kind = "on other tasks" if " -> " in task else "on the task trained on"
         percent = is_share(record, task)
-        sizes = [m["effect"] for m in record["minimum_detectable_effect"] if m["task"] == task]
-        low, high = (text.size_text(pick(sizes), percent=percent) for pick in (min, max))
-        lines.append(f"{task} {low}" if low == high else f"{task} {low} to {high}")
+        sizes.setdefault((f"{kind}, {'shares' if percent else 'scores'}" if many else task, percent), []).append(
+            found["effect"]
+        )
+    lines = []
+    for (name, percent), effects in sizes.items():
+        low, high = (text.size_text(pick(effects), percent=percent) for pick in (min, max))
+        lines.append(f"{name} {low}" if low == high else f"{name} {low} to {high}")
     if not lines:
         return []
     return [f"The smallest true difference that a repetition would find with a power of 80 %: {'; '.join(lines)}"]

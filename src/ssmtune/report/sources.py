@@ -97,13 +97,16 @@ class Source:
 
     @property
     def task(self) -> str:
-        """What it trains on or is evaluated on; "training" for a run on somebody's own data, empty for other kinds."""
+        """What it trains on or is evaluated on, as it was asked for: a task of somebody's own calls itself otherwise.
+
+        "training" for a run on somebody's own data, empty for other kinds.
+        """
         config = self.record["config"]
         data = config.get("data") or {}
         return str(
-            self.record.get("task")
-            or data.get("task")
+            data.get("task")
             or config.get("task")
+            or self.record.get("task")
             or ("training" if self.record["kind"] == "train" else "")
         )
 
