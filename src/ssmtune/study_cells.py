@@ -106,10 +106,12 @@ def _cell(
     draw: int | None = None,
 ) -> Cell:
     arm = config.cells[name]
+    # A task of somebody's own has a module before its name, and ":" is no part of a file's name everywhere.
+    called = task.name.replace(":", ".")
     label = "-".join(
         [
             *([model] if model else []),
-            f"{name}-{task.name}-seed{seed}",
+            f"{name}-{called}-seed{seed}",
             *(f"{axis}{value}" for axis, value in (("order", data_order), ("draw", draw)) if value is not None),
         ]
     )

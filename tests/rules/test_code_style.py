@@ -171,3 +171,12 @@ def test_public_names_are_never_hidden_by_their_module(name: str) -> None:
 def test_operations_export_what_they_say(folder: str) -> None:
     module = importlib.import_module(f"ssmtune.ops.{folder}")
     assert module.__all__ and all(callable(getattr(module, name)) for name in module.__all__)
+
+
+def test_file_names_fit_every_file_system() -> None:
+    """A study's cells are named after its tasks, and a task of somebody's own has ":" in its name."""
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT.parents[1], capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    assert len(names) > 500
+    assert [name for name in names if re.search(r'[<>:"\\|?*]', name)] == []
