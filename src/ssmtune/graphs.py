@@ -40,6 +40,9 @@ MAX_SHAPES = 8
 """Shapes recorded for one model; batches of any other run as always."""
 
 
+PLAIN = (torch.Tensor, torch.dtype, bool, int, float, str, type(None))
+"""What a recorded pass may be given: tensors are copied in, anything else stays what it was; a cache would not."""
+
 SWITCH = "SSMTUNE_GRAPHS"
 """Environment variable: "off" runs every pass as always."""
 
@@ -118,6 +121,10 @@ class Graphs:
         if not (torch.is_grad_enabled() and backbone.training) or self.refusal is not None:
             return run(*args, **kwargs)
         leaves, structure = tree_flatten((args, dict(kwargs)))
+        other = next((leaf for leaf in leaves if not isinstance(leaf, PLAIN)), None)
+        if other is not None:
+            self.eager[f"an argument is a {type(other).__name__}"] += 1
+            return run(*args, **kwargs)
         key = (structure, tuple(_kind(leaf) for leaf in leaves), _autocast(self.parameters[0].device.type))
         reason = self._reason(leaves, key)
         if reason is None and key not in self.recordings:

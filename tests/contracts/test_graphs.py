@@ -10,6 +10,7 @@ import torch
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from transformers import DynamicCache
 
 import ssmtune
 from ssmtune import graphs as graphs_module
@@ -200,6 +201,16 @@ def test_without_gradients_and_in_evaluation_nothing_is_replayed() -> None:
         loss_of(adapted, batch(1))
     loss_of(adapted.eval(), batch(1)).backward()
     assert graphs.num_replayed == 1
+
+
+def test_a_cache_is_never_recorded() -> None:
+    adapted, graphs = recorded()
+    tokens = batch(1)["input_ids"]
+    for _ in range(EAGER_PASSES + 1):
+        cache = DynamicCache(config=adapted.config)
+        adapted(input_ids=tokens, past_key_values=cache, use_cache=True).logits.sum().backward()
+        assert cache.get_seq_length() == tokens.shape[1]
+    assert graphs.eager["an argument is a DynamicCache"] == EAGER_PASSES + 1 and len(graphs.recordings) == 1
 
 
 def test_switched_off_adapters_are_off() -> None:
