@@ -260,7 +260,7 @@ def test_a_head_with_a_cap_is_run_as_it_stands() -> None:
 def test_the_loss_without_logits_counts_as_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its operations run outside of every module: a profile must not lose them."""
     from ssmtune import head_loss
-    from ssmtune.bench_profile import component_modules, component_shares
+    from ssmtune.bench_profile import component_modules, profile_step
     from ssmtune.inventory import take_inventory
 
     model = tiny_model(("granite_hybrid", "dense"))
@@ -275,6 +275,6 @@ def test_the_loss_without_logits_counts_as_the_loss(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(head_loss, "linear_cross_entropy", slow)
     given = {"input_ids": inputs(adapted, "plain")["input_ids"]}
     positions, targets = torch.arange(40), torch.full((40,), 3)
-    shares = component_shares(lambda: loss(adapted, given, positions, targets).backward(), modules, with_cuda=False)
+    shares, _ = profile_step(lambda: loss(adapted, given, positions, targets).backward(), modules, with_cuda=False)
     # The product alone takes far longer than this model of 32 channels.
     assert shares["head and loss"] > 0.5

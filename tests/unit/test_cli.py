@@ -83,6 +83,7 @@ OPTIONS = {
         "repeats",
         "memory",
         "quantize",
+        "documents",
         "peer",
         "out",
         "json_output",
