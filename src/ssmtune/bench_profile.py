@@ -41,7 +41,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("optimiser", r"multi_tensor_apply|adam|foreach|lpnorm|l2norm"),
     ("attention", r"flash|fmha|attention|softmax_warp"),
     ("loss", r"cross_entropy|log_softmax|softmax|nll_loss|loss_kernel|loss_back"),
-    ("convolution", r"causal_conv1d|conv|window_kernel|window_back"),
+    ("convolution", r"causal_conv1d|conv|window_kernel|window_back|^(forward|gradient|backward)_kernel$"),
     (
         "scan",
         r"chunk|state_passing|selective_scan|pass_kernel|pass_back|states_kernel|scores|steps_kernel|steps_back"
