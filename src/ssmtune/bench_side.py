@@ -30,6 +30,7 @@ from ssmtune.memory import keep_activations
 from ssmtune.methods.base import get_method
 from ssmtune.models import Dtype, load_config, model_location
 from ssmtune.ops.seam import rebind
+from ssmtune.packing import model_inputs
 from ssmtune.placement import named_recipe
 from ssmtune.plan import Plan, make_plan
 from ssmtune.quantize import load_base, quantization_facts, quantize
@@ -166,10 +167,8 @@ def _prepare_ssmtune(model: PreTrainedModel, plan: Plan, config: BenchConfig) ->
     graphs = use_graphs(adapted)
 
     def loss_of(batch: Batch) -> torch.Tensor:
-        names = ("input_ids", "position_ids") if batch["is_packed"] else ("input_ids",)
         targets: torch.Tensor = batch["targets"]
-        given = {name: batch[name] for name in names}
-        loss: torch.Tensor = head_loss(adapted, given, batch["loss_positions"], targets) / len(targets)
+        loss: torch.Tensor = head_loss(adapted, model_inputs(batch), batch["loss_positions"], targets) / len(targets)
         return loss
 
     return adapted.trained_parameters(), loss_of, lambda: f"{adapted.fast_block}; {graphs.describe()}"

@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
@@ -164,7 +164,8 @@ def examine(device: str | None = None) -> DoctorReport:
     names = [f"{operation}/{str(dtype).removeprefix('torch.')}" for operation in operations for dtype in LIMITS]
     on_gpu = torch.device(device).type == "cuda"
     # Compiling the kernels takes minutes one by one, and what breaks the GPU's context breaks one process.
-    checks = _measure_apart(names, device) if on_gpu else measure_operations(names, device)
+    measure = _measure_apart if on_gpu else measure_operations
+    checks = {check.name: check for check in measure(names, device)}
     untried = []
     for name in task_names():
         # A task for training alone has no scorer.
@@ -183,22 +184,21 @@ def examine(device: str | None = None) -> DoctorReport:
     )
 
 
-def measure_operations(names: Sequence[str], device: str) -> dict[str, CheckResult]:
-    """Return the check of every name, "operation/dtype", one after the other in this process."""
-    checks = {}
+def measure_operations(names: Sequence[str], device: str) -> Iterator[CheckResult]:
+    """Yield the check of every name, "operation/dtype", one after the other in this process."""
+    cases = all_cases()
     for name in names:
         operation, _, kind = name.partition("/")
         dtype = getattr(torch, kind)
-        members = [case for case in all_cases() if case.operation == operation]
+        members = [case for case in cases if case.operation == operation]
         num_stages = members[0].stages
         if operation in OPERATIONS and backends(device)[operation].name == "triton":
             num_stages = max(num_stages, members[0].kernel_stages)
         limit = LIMITS[dtype] * (num_stages if dtype == torch.bfloat16 else 1)
-        checks[name] = _check(name, members, dtype, limit, torch.device(device))
-    return checks
+        yield _check(name, members, dtype, limit, torch.device(device))
 
 
-def _measure_apart(names: Sequence[str], device: str) -> dict[str, CheckResult]:
+def _measure_apart(names: Sequence[str], device: str) -> Iterator[CheckResult]:
     """The same in several processes side by side; an operation whose process ends without an answer has failed."""
     shares = [names[first::MAX_PROCESSES] for first in range(min(MAX_PROCESSES, len(names)))]
     command = [sys.executable, "-m", "ssmtune.doctor", device]
@@ -214,7 +214,7 @@ def _measure_apart(names: Sequence[str], device: str) -> dict[str, CheckResult]:
             found.setdefault(
                 name, CheckResult(name=name, ok=False, measured=math.inf, limit=0, where=lost, detail=lost)
             )
-    return {name: found[name] for name in names}
+    yield from (found[name] for name in names)
 
 
 def known_bad_here() -> tuple[KnownBad, ...]:
@@ -309,8 +309,8 @@ def leak_test(model: PreTrainedModel) -> CheckResult:
 
 def main(device: str, *names: str) -> int:
     """Answer for some operations, one line of JSON each as soon as it is known."""
-    for name in names:
-        print(json.dumps(measure_operations([name], device)[name].to_dict()), flush=True)
+    for check in measure_operations(names, device):
+        print(json.dumps(check.to_dict()), flush=True)
     return 0
 
 

@@ -130,7 +130,7 @@ class Graphs:
         if reason is None and key not in self.recordings:
             try:
                 self._record(backbone, key, run, leaves, structure)
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 self.refusal = reason = f"recording failed: {str(error).splitlines()[0]}"
             if self.refusal is not None:
                 # Out of the handler: the error holds what was recorded, and the pass to come needs its memory.

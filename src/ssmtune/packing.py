@@ -44,6 +44,15 @@ def documents_of(mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if mask is None else _documents().get(mask)
 
 
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model is given of a batch of `PackedCollator`.
+
+    Positions only where there are documents to keep apart: finding none in them means waiting for the GPU.
+    """
+    names = ("input_ids", "position_ids") if batch["is_packed"] else ("input_ids",)
+    return {name: batch[name] for name in names}
+
+
 @lru_cache
 def _documents() -> MutableMapping[torch.Tensor, torch.Tensor]:
     """Mask -> documents, by identity, for as long as the mask lives; gradient checkpointing keeps it until backward."""

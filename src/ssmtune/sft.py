@@ -16,7 +16,7 @@ from ssmtune import adapter_files
 from ssmtune.core_guard import DecayGuard
 from ssmtune.graphs import use_graphs
 from ssmtune.head_loss import HeadLoss
-from ssmtune.packing import PackedCollator
+from ssmtune.packing import PackedCollator, model_inputs
 from ssmtune.records import file_sha256, write_json
 from ssmtune.schedules import Schedules
 from ssmtune.watch import ProgressBar, Watch
@@ -133,10 +133,7 @@ class EditTrainer(SFTTrainer):
         edits' penalty beside its own, so that a step has it once however its tokens are accumulated.
         """
         targets = inputs["targets"]
-        # Positions only where there are documents to keep apart: finding none in them means waiting for the GPU.
-        names = ("input_ids", "position_ids") if inputs["is_packed"] else ("input_ids",)
-        given = {name: inputs[name] for name in names}
-        total = self.head_loss(model, given, inputs["loss_positions"], targets)
+        total = self.head_loss(model, model_inputs(inputs), inputs["loss_positions"], targets)
         if self.model.training:
             self.tokens_seen += inputs["num_tokens"]
             total = total + len(targets) * self.schedules.penalty()

@@ -10,8 +10,7 @@ from ssmtune.fast._mamba2 import ACTIVATION, core_of, mixer_refusal
 from ssmtune.fast._marks import component
 from ssmtune.fast.base import Block, Inside, project
 from ssmtune.ops.gated_rms_norm import gated_rms_norm
-from ssmtune.ops.mamba2_conv_scan import mamba2_conv_scan
-from ssmtune.ops.mamba2_mixer.reference import split
+from ssmtune.ops.mamba2_mixer.reference import conv_scan
 from ssmtune.ops.projection import Activated, Normed
 
 
@@ -31,21 +30,8 @@ def _run(layer: Any, hidden: torch.Tensor, inside: Inside) -> tuple[torch.Tensor
     with component("recurrent"):
         before = Normed(norm.weight, norm.variance_epsilon)
         projected = project(mixer.in_proj, hidden, prologue=before, multiplier=mixer.ssm_in_multiplier)
-        core = core_of(mixer)
-        gate, xBC, dt = split((projected * mixer.mup_vector).to(hidden.dtype), core)
-        y = mamba2_conv_scan(
-            xBC,
-            dt,
-            core.A_H,
-            core.conv_weight_CK,
-            core.conv_bias_C,
-            groups=core.groups,
-            state=core.state,
-            D_H=core.D_H,
-            dt_bias_H=core.dt_bias_H,
-            dt_limit=core.dt_limit,
-            seq_idx=inside.seq_idx,
-        )
+        scaled = (projected * mixer.mup_vector).to(hidden.dtype)
+        y, gate = conv_scan(scaled, core_of(mixer), inside.seq_idx)
         prologue: Normed | Activated = Activated(ACTIVATION, up=y)
         if mixer.mamba_rms_norm:
             size = mixer.norm.weight.shape[0] // mixer.norm.n_groups

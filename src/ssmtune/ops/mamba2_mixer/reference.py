@@ -24,6 +24,20 @@ def mamba2_mixer(
 ) -> torch.Tensor:
     """Return x + multiplier * out(gated_norm(y, z))."""
     projected = projection(x_BTD, inner.weight_OI, inner.bias_O, low_rank=inner.low_rank, prologue=inner.norm)
+    y, gate = conv_scan(projected, core, seq_idx)
+    return projection(
+        y,
+        outer.weight_OI,
+        outer.bias_O,
+        low_rank=outer.low_rank,
+        prologue=outer.norm._replace(gate=gate),
+        residual=x_BTD if residual else None,
+        multiplier=multiplier,
+    )
+
+
+def conv_scan(projected: torch.Tensor, core: Core, seq_idx: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scan's output [B, T, H P] and the gate z of the same shape, from what the inner projection gave."""
     gate, xBC, dt = split(projected, core)
     y = mamba2_conv_scan(
         xBC,
@@ -38,15 +52,7 @@ def mamba2_mixer(
         dt_limit=core.dt_limit,
         seq_idx=seq_idx,
     )
-    return projection(
-        y,
-        outer.weight_OI,
-        outer.bias_O,
-        low_rank=outer.low_rank,
-        prologue=outer.norm._replace(gate=gate),
-        residual=x_BTD if residual else None,
-        multiplier=multiplier,
-    )
+    return y, gate
 
 
 def split(projected: torch.Tensor, core: Core) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
