@@ -333,6 +333,8 @@ def test_time_goes_to_the_component_that_spends_it() -> None:
         ("add_low_rank_kernel", "matrix products"),
         ("_chunk_scan_fwd_kernel", "scan"),
         ("through_states_kernel", "scan"),
+        ("entering_kernel", "scan"),
+        ("leaving_kernel", "scan"),
         ("gradient_kernel", "convolution"),
         ("backward_kernel", "convolution"),
         ("void causal_conv1d_fwd_kernel<Causal_conv1d_fwd_kernel_traits<128, 4>>", "convolution"),

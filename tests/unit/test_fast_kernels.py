@@ -11,7 +11,7 @@ from tolerances import OP_FP32, relative_rms
 pytest.importorskip("triton", reason="the kernels need Triton, which is built for Linux only")
 
 from ssmtune.errors import ConfigError
-from ssmtune.ops.case import Tensors
+from ssmtune.ops.case import Tensors, draw
 from ssmtune.ops.gated_mlp import cases as mlp_cases
 from ssmtune.ops.gated_mlp import triton as mlp_kernels
 from ssmtune.ops.linear_cross_entropy import cases as loss_cases
@@ -36,7 +36,9 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(loss_kernels, "LOGITS_BYTES", 4 * 37 * 4)
     monkeypatch.setattr(loss_kernels, "BLOCK", {"BLOCK": 16, "num_warps": 1})
     monkeypatch.setattr(projection_kernels, "BLOCK", {"BLOCK": 16, "num_warps": 1})
-    monkeypatch.setattr(mlp_kernels, "BLOCK", {"BLOCK_T": 16, "BLOCK_K": 16, "num_warps": 1})
+    for blocks in ("FORWARD", "BACK"):
+        monkeypatch.setattr(mlp_kernels, blocks, {"BLOCK_T": 16, "BLOCK_K": 16, "STAGES": 1, "num_warps": 1})
+    monkeypatch.setattr(mlp_kernels, "SHARES", 2)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -155,8 +157,13 @@ def test_conv_scan(case: conv_scan_cases.Case) -> None:
     )
 
 
-def test_gated_mlp() -> None:
-    check(lambda t: mlp_cases.run(t, backend="triton"), mlp_cases.truth, mlp_cases.cases()[0].inputs)
+@pytest.mark.parametrize("highest_rank", [0, 32])
+def test_gated_mlp(monkeypatch: pytest.MonkeyPatch, highest_rank: int) -> None:
+    """With the factors' gradients summed tile by tile, the last share of the rows partly beyond them, and by products."""
+    monkeypatch.setattr(mlp_kernels, "MAX_SUMMED_RANK", highest_rank)
+    x = draw(torch.Generator().manual_seed(1), 1, 41, mlp_cases.WIDTH)
+    inputs = mlp_cases.cases()[0].inputs | {"x": x}
+    check(lambda t: mlp_cases.run(t, backend="triton"), mlp_cases.truth, inputs)
 
 
 @pytest.mark.parametrize("case", mlp_cases.cases(), ids=lambda case: case.label)

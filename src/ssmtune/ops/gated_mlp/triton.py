@@ -18,7 +18,12 @@ from ssmtune.ops.precision import multiplies_exactly
 from ssmtune.ops.projection.spec import LowRank, Normed
 from ssmtune.ops.projection.triton import add_low_rank, fp32_product, product, rank_block, rounded_factors
 
-BLOCK = {"BLOCK_T": 32, "BLOCK_K": 128, "num_warps": 4}
+FORWARD = {"BLOCK_T": 32, "BLOCK_K": 128, "STAGES": 1, "num_warps": 4}
+BACK = {"BLOCK_T": 64, "BLOCK_K": 64, "STAGES": 1, "num_warps": 4}
+SHARES = 8
+"""Of the rows, one program each: more would fill a GPU better and, backward, write more partial sums."""
+MAX_SUMMED_RANK = 32
+"""Sums for a higher rank do not fit into registers beside a tile; cuBLAS forms them then."""
 
 
 def gated_mlp(
@@ -57,10 +62,14 @@ class _Mlp(torch.autograd.Function):
         p = norms.run_forward(flat, norm_weight, None, eps, norm_weight.shape[0])
         wide, v = torch.mm(p, in_weight.t()), torch.mm(p, in_A.t())
         value = torch.empty(flat.shape[0], out_weight.shape[1], dtype=x.dtype, device=x.device)
-        launch(gate_kernel, _grid(value), wide, v, in_B, value, *value.shape, v.shape[1], **_options(value, v))
-        y = torch.addmm(flat, value, out_weight.t(), alpha=m)
+        grid, tiles_each = _grid(value, FORWARD, SHARES)
+        launch(
+            gate_kernel, grid, wide, v, in_B, value, flat.shape[0], tiles_each, value.shape[1], v.shape[1],
+            EXACT=multiplies_exactly(value), RANK=rank_block(v), **FORWARD,
+        )  # fmt: skip
+        y = product(value, out_weight.t(), m)
         out_v = torch.mm(value, out_A.t())
-        add_low_rank(y, out_v, out_B.t(), m)
+        add_low_rank(y, out_v, out_B.t(), m, flat)
         ctx.save_for_backward(x, norm_weight, in_weight, out_weight, in_A, in_B, out_A, out_B, wide, v, out_v)
         ctx.numbers = numbers
         return y.view(x.shape)
@@ -74,14 +83,8 @@ class _Mlp(torch.autograd.Function):
         out_dv = product(flat, out_B, m)
         d_out_B = fp32_product(flat.t(), out_v, m * out_scale)
         dvalue = product(flat, out_weight, m)
-        dwide, value = torch.empty_like(wide), torch.empty_like(dvalue)
-        launch(
-            gate_back_kernel, _grid(value), wide, v, in_B, dvalue, out_dv, out_A, dwide, value, *value.shape, v.shape[1],
-            out_v.shape[1], OUT_RANK=rank_block(out_v), **_options(value, v),
-        )  # fmt: skip
-        d_out_A = fp32_product(out_dv.t(), value, 1.0)
-        dv = torch.mm(dwide, in_B)
-        d_in_B = fp32_product(dwide.t(), v, in_scale)
+        dwide, dv, d_in_B, d_out_A = _through_gate(wide, v, in_B, dvalue, out_dv, out_A)
+        d_in_B = d_in_B if in_scale == 1.0 else d_in_B.mul_(in_scale)
         dp = torch.mm(dwide, in_weight)
         add_low_rank(dp, dv, in_A, 1.0)
         rows = x.reshape(-1, x.shape[-1])
@@ -91,10 +94,32 @@ class _Mlp(torch.autograd.Function):
         return dx.view(x.shape), None, None, None, d_in_A, d_in_B, d_out_A, d_out_B, *(None,) * 5
 
 
-def _grid(value: torch.Tensor) -> tuple[int, int]:
-    rows, width = value.shape
-    return int(triton.cdiv(width, BLOCK["BLOCK_K"])), int(triton.cdiv(rows, BLOCK["BLOCK_T"]))
+def _through_gate(
+    wide: torch.Tensor, v: torch.Tensor, in_B: torch.Tensor, dvalue: torch.Tensor, out_dv: torch.Tensor, out_A: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of the inner projection, of its low-rank input, and in fp32 of B inside, unscaled, and A outside."""
+    (rows, width), rank, out_rank = dvalue.shape, v.shape[1], out_dv.shape[1]
+    sums = max(rank, out_rank) <= MAX_SUMMED_RANK
+    (blocks, shares), tiles_each = _grid(dvalue, BACK, SHARES if sums else rows)
+
+    def fp32(*shape: int) -> torch.Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=wide.device) if sums else None
+
+    dwide, value = torch.empty_like(wide), None if sums else torch.empty_like(dvalue)
+    v_grad, dA, dB = fp32(blocks, rows, rank), fp32(shares, out_rank, width), fp32(shares, 2 * width, rank)
+    launch(
+        gate_back_kernel, (blocks, shares), wide, v, in_B, dvalue, out_dv, out_A, dwide, value, v_grad, dA, dB, rows,
+        tiles_each, width, rank, out_rank, SUMS=sums, EXACT=multiplies_exactly(wide), RANK=rank_block(v),
+        OUT_RANK=rank_block(out_dv), **BACK,
+    )  # fmt: skip
+    if value is not None:
+        return dwide, torch.mm(dwide, in_B), fp32_product(dwide.t(), v, 1.0), fp32_product(out_dv.t(), value, 1.0)
+    assert v_grad is not None and dA is not None and dB is not None
+    return dwide, v_grad.sum(0).to(wide.dtype), dB.sum(0), dA.sum(0)
 
 
-def _options(value: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
-    return {"EXACT": multiplies_exactly(value), "RANK": rank_block(v), **BLOCK}
+def _grid(value: torch.Tensor, blocks: dict[str, int], shares: int) -> tuple[tuple[int, int], int]:
+    """Blocks of the width and shares of the rows, at most so many; and the tiles in a share."""
+    tiles = int(triton.cdiv(value.shape[0], blocks["BLOCK_T"]))
+    tiles_each = int(triton.cdiv(tiles, shares))
+    return (int(triton.cdiv(value.shape[1], blocks["BLOCK_K"])), int(triton.cdiv(tiles, tiles_each))), tiles_each

@@ -12,8 +12,8 @@ from ssmtune.ops.gated_rms_norm.kernels import norm_back_kernel, norm_kernel
 from ssmtune.ops.launch import launch
 
 MAX_PROGRAMS = 1056
-"""Programs of the backward pass, which keep the weight's gradient while they walk over rows: 8 for each of 132
-multiprocessors; more would only write more partial sums."""
+"""Programs of the backward pass where the weight trains: they keep its gradient while they walk over rows. 8 for each of
+132 multiprocessors; more would only write more partial sums. Without it each row has its program."""
 
 
 def gated_rms_norm(
@@ -59,7 +59,7 @@ def run_backward(
     rows, gates, upstream = as_rows(x), None if gate is None else as_rows(gate), as_rows(dy)
     others = None if added is None else as_rows(added)
     num_rows, width = rows.shape
-    programs = min(num_rows, MAX_PROGRAMS)
+    programs = min(num_rows, MAX_PROGRAMS) if trains else num_rows
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if gate is not None and dgate is None:
         dgate = torch.empty(gate.shape, dtype=gate.dtype, device=x.device)

@@ -13,42 +13,50 @@ from ssmtune.ops.mamba2_chunk_scan.forward_kernels import (
     edge_weights,
     load_block,
     log1p_exp,
-    multiply,
     pair_weights,
     raw_steps,
 )
+from ssmtune.ops.product_kernels import multiply
 
 
 @triton.jit(do_not_specialize=["num_steps", "num_chunks"])
-def pass_back_kernel(grads_ptr, states_ptr, final_grad_ptr, initial_grad_ptr, through_ptr, decay_ptr, seq_ptr,
-                     num_steps, num_chunks, num_heads, size, HAS_FINAL: tl.constexpr, HAS_SEQ: tl.constexpr,
-                     L: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Turn the gradient of what enters each chunk, as its outputs see it, into G of that chunk, in place.
+def leaving_kernel(dy_ptr, C_ptr, step_ptr, decay_ptr, seq_ptr, final_grad_ptr, grads_ptr, initial_grad_ptr, num_steps,
+                   num_chunks, num_heads, per_group, P, N, dy_b, dy_t, dy_h, C_b, C_t, C_g, HAS_FINAL: tl.constexpr,
+                   HAS_SEQ: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+                   EXACT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Write G of each chunk, and the gradient of the first state: walk back over the chunks with G in registers.
 
-    `through` [B, H, blocks, c]: the gradient of the chunk's whole log decay due to what passes through it.
-    Grid (blocks of P * N, batch * heads).
+    Grid (blocks of P, blocks of N, batch * heads).
     """
-    line, batch = tl.program_id(1).to(tl.int64), tl.program_id(1) // num_heads
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    grad = tl.zeros([BLOCK], tl.float32)
+    batch, head = (tl.program_id(2) // num_heads).to(tl.int64), tl.program_id(2) % num_heads
+    p, n = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = tl.arange(0, L)
+    line = tl.program_id(2).to(tl.int64)
+    dy_ptr += batch * dy_b + head * dy_h
+    C_ptr += batch * C_b + head // per_group * C_g
+    step_ptr += line * num_chunks * L
+    decay_ptr += line * num_chunks * L
+    at = p[:, None] * N + n[None, :]
+    inside = (p[:, None] < P) & (n[None, :] < N)
+    grad = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     if HAS_FINAL:
-        grad = tl.load(final_grad_ptr + line * size + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(final_grad_ptr + line * P * N + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SEQ:
+        seq_ptr += batch * num_steps
     for back in tl.range(num_chunks, num_stages=STAGES):
         chunk = num_chunks - 1 - back
-        cell = (line * num_chunks + chunk) * size + at
-        own = tl.load(grads_ptr + cell, mask=inside, other=0.0).to(tl.float32)
-        entering = tl.load(states_ptr + cell, mask=inside, other=0.0).to(tl.float32)
-        tl.store(grads_ptr + cell, grad, mask=inside)
-        keep = tl.exp(tl.load(decay_ptr + (line * num_chunks + chunk) * L + L - 1))
+        t = chunk * L + i
+        weight, _, keep = edge_weights(step_ptr + chunk * L, decay_ptr + chunk * L, L)
         if HAS_SEQ:
-            last = tl.load(seq_ptr + batch.to(tl.int64) * num_steps + tl.minimum(chunk * L + L - 1, num_steps - 1))
-            before = tl.load(seq_ptr + batch.to(tl.int64) * num_steps + tl.maximum(chunk * L - 1, 0))
-            keep = tl.where(last == before, keep, 0.0)
-        through = (line * tl.num_programs(0) + tl.program_id(0)) * num_chunks + chunk
-        tl.store(through_ptr + through, tl.sum(grad * entering) * keep)
-        grad = own + grad * keep
-    tl.store(initial_grad_ptr + line * size + at, grad, mask=inside)
+            own = tl.load(seq_ptr + tl.minimum(t, num_steps - 1))
+            before = tl.load(seq_ptr + tl.maximum(chunk * L - 1, 0))
+            weight = tl.where(own == before, weight, 0.0)
+            keep = tl.where(tl.sum(tl.where(i == L - 1, own, 0)) == before, keep, 0.0)
+        dy = load_block(dy_ptr, t, p, num_steps, P, dy_t, 1)
+        c = load_block(C_ptr, t, n, num_steps, N, C_t, 1)
+        tl.store(grads_ptr + (line * num_chunks + chunk) * P * N + at, grad, mask=inside)
+        grad = grad * keep + multiply(tl.trans(dy.to(tl.float32) * weight[:, None]), c, EXACT)
+    tl.store(initial_grad_ptr + line * P * N + at, grad, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_steps"])
@@ -129,40 +137,58 @@ def scores_back_kernel(x_ptr, dy_ptr, scores_ptr, step_ptr, decay_ptr, seq_ptr, 
 
 
 @triton.jit(do_not_specialize=["num_steps"])
-def through_states_kernel(rows_ptr, states_ptr, cols_ptr, step_ptr, decay_ptr, seq_ptr, out_ptr, along_ptr, num_steps,
-                          num_heads, per_group, P, N, rows_b, rows_t, rows_h, cols_b, cols_t, cols_g,
-                          SPLITS: tl.constexpr, AT_END: tl.constexpr, HAS_SEQ: tl.constexpr, L: tl.constexpr,
-                          BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """Write sum over heads of weight_l rows_l state, [splits, B, T', G, N], and its product with cols, `along`.
+def through_states_kernel(x_ptr, dy_ptr, B_ptr, C_ptr, states_ptr, grads_ptr, step_ptr, decay_ptr, seq_ptr, dB_ptr,
+                          dC_ptr, after_ptr, before_ptr, through_ptr, num_steps, num_heads, per_group, P, N, x_b, x_t,
+                          x_h, dy_b, dy_t, dy_h, B_b, B_t, B_g, C_b, C_t, C_g, SPLITS: tl.constexpr,
+                          HAS_SEQ: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+                          EXACT: tl.constexpr):  # fmt: skip
+    """Write what B and C get through the states, and how that depends on the decays.
 
-    With dy, E and C at the start: the part of dC through the states, and each output's share of the decay before it.
-    With x, G and B at the end: the same for dB, and each input's share of the decay after it.
-    `along` is [blocks of N, B, H, T']. Grid (chunks, batch * groups, splits * blocks of N).
+    `dC` and `dB` [splits, B, T', G, N]: sums over a share of the group's heads of dy E, read at the chunk's start, and of
+    x G, added at its end. Their products with C and B: `before` and `after` [blocks of N, B, H, T'], each output's share of
+    the decay before it and each input's of the decay after it. `through` [B, H, blocks of N, c]: the gradient of the whole
+    log decay due to what passes through the chunk. Grid (chunks, batch * groups, splits * blocks of N).
     """
     num_groups = num_heads // per_group
     chunk, batch, group = tl.program_id(0), tl.program_id(1) // num_groups, tl.program_id(1) % num_groups
     num_chunks, split, block = tl.num_programs(0), tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
     i, p, n = tl.arange(0, L), tl.arange(0, BLOCK_P), block * BLOCK_N + tl.arange(0, BLOCK_N)
     t = chunk * L + i
-    length = num_chunks * L
-    along_ptr += (block * tl.num_programs(1) * per_group).to(tl.int64) * length
-    cols = load_block(cols_ptr + batch.to(tl.int64) * cols_b + group * cols_g, t, n, num_steps, N, cols_t, 1)
-    acc = tl.zeros([L, BLOCK_N], tl.float32)
+    length, blocks = num_chunks * L, tl.num_programs(2) // SPLITS
+    lines = (block * tl.num_programs(1) * per_group).to(tl.int64) * length
+    x_ptr += batch.to(tl.int64) * x_b
+    dy_ptr += batch.to(tl.int64) * dy_b
+    b = load_block(B_ptr + batch.to(tl.int64) * B_b + group * B_g, t, n, num_steps, N, B_t, 1).to(tl.float32)
+    c = load_block(C_ptr + batch.to(tl.int64) * C_b + group * C_g, t, n, num_steps, N, C_t, 1).to(tl.float32)
+    dB, dC = tl.zeros([L, BLOCK_N], tl.float32), tl.zeros([L, BLOCK_N], tl.float32)
     for member in range(split, per_group, SPLITS):
         head = group * per_group + member
-        line = (batch * num_heads + head).to(tl.int64) * length + chunk * L
-        rows = load_block(rows_ptr + batch.to(tl.int64) * rows_b + head * rows_h, t, p, num_steps, P, rows_t, 1)
-        cell = ((batch * num_heads + head).to(tl.int64) * num_chunks + chunk) * P * N
-        state = load_block(states_ptr + cell, p, n, P, N, N, 1)
-        part = multiply(rows, state, EXACT)
-        part *= edge_weights(step_ptr + line, decay_ptr + line, seq_ptr, batch, chunk, num_steps, AT_END, HAS_SEQ, L)[
-            :, None
-        ]
-        acc += part
-        tl.store(along_ptr + line + i, tl.sum(part * cols.to(tl.float32), axis=1))
+        line = (batch * num_heads + head).to(tl.int64)
+        at = line * length + chunk * L
+        from_start, to_end, keep = edge_weights(step_ptr + at, decay_ptr + at, L)
+        if HAS_SEQ:
+            own, last, before = documents(seq_ptr, batch, chunk, num_steps, L)
+            from_start = tl.where(own == before, from_start, 0.0)
+            to_end = tl.where(own == last, to_end, 0.0)
+            keep = tl.where(last == before, keep, 0.0)
+        cell = (line * num_chunks + chunk) * P * N
+        entering = load_block(states_ptr + cell, p, n, P, N, N, 1)
+        dy = load_block(dy_ptr + head * dy_h, t, p, num_steps, P, dy_t, 1)
+        part = multiply(dy, entering, EXACT) * from_start[:, None]
+        dC += part
+        tl.store(before_ptr + lines + at + i, tl.sum(part * c, axis=1))
+        grad = load_block(grads_ptr + cell, p, n, P, N, N, 1)
+        x = load_block(x_ptr + head * x_h, t, p, num_steps, P, x_t, 1)
+        part = multiply(x, grad, EXACT) * to_end[:, None]
+        dB += part
+        tl.store(after_ptr + lines + at + i, tl.sum(part * b, axis=1))
+        through = tl.sum(grad.to(tl.float32) * entering.to(tl.float32)) * keep
+        tl.store(through_ptr + (line * blocks + block) * num_chunks + chunk, through)
     where = (((split * (tl.num_programs(1) // num_groups) + batch).to(tl.int64) * length + t[:, None]) * num_groups
              + group) * N + n[None, :]  # fmt: skip
-    tl.store(out_ptr + where, acc, mask=(n < N)[None, :] & (t >= 0)[:, None])
+    inside = (n < N)[None, :] & (t >= 0)[:, None]
+    tl.store(dB_ptr + where, dB, mask=inside)
+    tl.store(dC_ptr + where, dC, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_steps"])
@@ -203,10 +229,10 @@ def steps_back_kernel(dt_ptr, bias_ptr, A_ptr, mask_ptr, step_ptr, direct_ptr, b
                       through_ptr, ddt_ptr, sums_ptr, num_steps, num_heads, ddt_b, ddt_t, ddt_h, low,
                       high, dt_b, dt_t, dt_h,
                       SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-                      BLOCKS_N: tl.constexpr, BLOCKS: tl.constexpr, L: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+                      BLOCKS_N: tl.constexpr, L: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """Write ddt [B, T, H], and dA and dbias by chunk, [2, B, c, H]. Grid (chunks, blocks of heads, batch).
 
-    What comes in blocks (BLOCKS_N of the state's columns, BLOCKS of the whole state) is summed here.
+    What comes in blocks of the state's columns is summed here.
     """
     chunk, batch, num_chunks = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.num_programs(0)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -214,14 +240,12 @@ def steps_back_kernel(dt_ptr, bias_ptr, A_ptr, mask_ptr, step_ptr, direct_ptr, b
     lines = (batch * num_heads + h)[None, :] * num_chunks * L + t[:, None]
     real = (h < num_heads)[None, :] & (t >= 0)[:, None]
     outputs = tl.load(between_ptr + lines, mask=real, other=0.0)
-    after = tl.zeros([L, BLOCK_H], tl.float32)
+    after, through = tl.zeros([L, BLOCK_H], tl.float32), tl.zeros([BLOCK_H], tl.float32)
     every = tl.num_programs(2).to(tl.int64) * num_heads * num_chunks
     for block in range(BLOCKS_N):
         outputs += tl.load(before_ptr + block * every * L + lines, mask=real, other=0.0)
         after += tl.load(after_ptr + block * every * L + lines, mask=real, other=0.0)
-    through = tl.zeros([BLOCK_H], tl.float32)
-    for block in range(BLOCKS):
-        cell = ((batch * num_heads + h) * BLOCKS + block) * num_chunks + chunk
+        cell = ((batch * num_heads + h) * BLOCKS_N + block) * num_chunks + chunk
         through += tl.load(through_ptr + cell, mask=h < num_heads, other=0.0)
     # A step's decay lies before its own output and after its own input.
     decay_grad = tl.cumsum(outputs, axis=0, reverse=True) + (tl.cumsum(after, axis=0) - after) + through[None, :]

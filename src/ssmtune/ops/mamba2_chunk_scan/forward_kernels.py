@@ -9,13 +9,7 @@ chunk; T' is T rounded up to whole chunks, and steps beyond T are zero.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def multiply(a, b, EXACT: tl.constexpr):
-    """a @ b, summed in fp32: of operands rounded to bf16, or of fp32 ones split in three, which keeps their precision."""
-    if EXACT:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32x3")
-    return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+from ssmtune.ops.product_kernels import multiply
 
 
 @triton.jit
@@ -101,70 +95,57 @@ def scores_kernel(C_ptr, B_ptr, out_ptr, num_steps, num_groups, N, C_b, C_t, C_g
 
 
 @triton.jit
-def edge_weights(step_ptr, decay_ptr, seq_ptr, batch, chunk, num_steps, AT_END: tl.constexpr,
-                 HAS_SEQ: tl.constexpr, L: tl.constexpr):  # fmt: skip
-    """[L]: what a step adds to the state at the chunk's end (times its dt), or reads of the state at its start."""
+def edge_weights(step_ptr, decay_ptr, L: tl.constexpr):
+    """[L]: what each step reads of the state at the chunk's start, and adds to that at its end; and how much of it is left.
+
+    The last is picked out of a block: a load of one number would hold up a walk over chunks.
+    """
     i = tl.arange(0, L)
     decay = tl.load(decay_ptr + i)
-    if AT_END:
-        weight = tl.exp(tl.load(decay_ptr + L - 1) - decay) * tl.load(step_ptr + i)
-    else:
-        weight = tl.exp(decay)
-    if HAS_SEQ:
-        own, last, before = documents(seq_ptr, batch, chunk, num_steps, L)
-        if AT_END:
-            weight = tl.where(own == last, weight, 0.0)
-        else:
-            weight = tl.where(own == before, weight, 0.0)
-    return weight
-
-
-@triton.jit(do_not_specialize=["num_steps"])
-def states_kernel(rows_ptr, cols_ptr, step_ptr, decay_ptr, seq_ptr, out_ptr, num_steps, num_heads, per_group, P, N,
-                  rows_b, rows_t, rows_h, cols_b, cols_t, cols_g, AT_END: tl.constexpr, HAS_SEQ: tl.constexpr,
-                  L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """Write sum_l weight_l rows_l cols_l^T, [P, N] per chunk and head. Grid (chunks, batch * heads, blocks of N).
-
-    With x and B at the end: the state that a chunk adds. With dy and C at the start: the gradient of what enters.
-    """
-    chunk, batch, head = tl.program_id(0), tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
-    num_chunks = tl.num_programs(0)
-    t = chunk * L + tl.arange(0, L)
-    p, n = tl.arange(0, BLOCK_P), tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    line = tl.program_id(1).to(tl.int64) * num_chunks * L + chunk * L
-    weight = edge_weights(step_ptr + line, decay_ptr + line, seq_ptr, batch, chunk,
-                          num_steps, AT_END, HAS_SEQ, L)  # fmt: skip
-    rows = load_block(rows_ptr + batch.to(tl.int64) * rows_b + head * rows_h, t, p, num_steps, P, rows_t, 1)
-    cols = load_block(cols_ptr + batch.to(tl.int64) * cols_b + head // per_group * cols_g, t, n, num_steps, N,
-                      cols_t, 1)  # fmt: skip
-    acc = multiply(tl.trans(rows.to(tl.float32) * weight[:, None]), cols, EXACT)
-    cell = (tl.program_id(1).to(tl.int64) * num_chunks + chunk) * P * N
-    inside = (p[:, None] < P) & (n[None, :] < N)
-    tl.store(out_ptr + cell + p[:, None] * N + n[None, :], acc, mask=inside)
+    whole = tl.sum(tl.where(i == L - 1, decay, 0.0))
+    return tl.exp(decay), tl.exp(whole - decay) * tl.load(step_ptr + i), tl.exp(whole)
 
 
 @triton.jit(do_not_specialize=["num_steps", "num_chunks"])
-def pass_kernel(states_ptr, initial_ptr, final_ptr, decay_ptr, seq_ptr, num_steps, num_chunks, num_heads, size,
-                HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
-                STAGES: tl.constexpr):  # fmt: skip
-    """Turn what each chunk adds into the state that enters it, in place. Grid (blocks of P * N, batch * heads)."""
-    line, batch = tl.program_id(1).to(tl.int64), tl.program_id(1) // num_heads
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    state = tl.zeros([BLOCK], tl.float32)
+def entering_kernel(x_ptr, B_ptr, step_ptr, decay_ptr, seq_ptr, initial_ptr, out_ptr, final_ptr, num_steps, num_chunks,
+                    num_heads, per_group, P, N, x_b, x_t, x_h, B_b, B_t, B_g, HAS_INITIAL: tl.constexpr,
+                    HAS_SEQ: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+                    EXACT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Write the state that enters each chunk, and the final one: walk over the chunks with the state in registers.
+
+    Grid (blocks of P, blocks of N, batch * heads).
+    """
+    batch, head = (tl.program_id(2) // num_heads).to(tl.int64), tl.program_id(2) % num_heads
+    p, n = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = tl.arange(0, L)
+    line = tl.program_id(2).to(tl.int64)
+    x_ptr += batch * x_b + head * x_h
+    B_ptr += batch * B_b + head // per_group * B_g
+    step_ptr += line * num_chunks * L
+    decay_ptr += line * num_chunks * L
+    at = p[:, None] * N + n[None, :]
+    inside = (p[:, None] < P) & (n[None, :] < N)
+    state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     if HAS_INITIAL:
-        state = tl.load(initial_ptr + line * size + at, mask=inside, other=0.0).to(tl.float32)
+        state = tl.load(initial_ptr + line * P * N + at, mask=inside, other=0.0).to(tl.float32)
+    before = 0
+    if HAS_SEQ:
+        seq_ptr += batch * num_steps
+        before = tl.load(seq_ptr)
     for chunk in tl.range(num_chunks, num_stages=STAGES):
-        cell = states_ptr + (line * num_chunks + chunk) * size + at
-        added = tl.load(cell, mask=inside, other=0.0).to(tl.float32)
-        tl.store(cell, state, mask=inside)
-        keep = tl.exp(tl.load(decay_ptr + (line * num_chunks + chunk) * L + L - 1))
+        t = chunk * L + i
+        _, weight, keep = edge_weights(step_ptr + chunk * L, decay_ptr + chunk * L, L)
         if HAS_SEQ:
-            last = tl.load(seq_ptr + batch.to(tl.int64) * num_steps + tl.minimum(chunk * L + L - 1, num_steps - 1))
-            before = tl.load(seq_ptr + batch.to(tl.int64) * num_steps + tl.maximum(chunk * L - 1, 0))
+            own = tl.load(seq_ptr + tl.minimum(t, num_steps - 1))
+            last = tl.sum(tl.where(i == L - 1, own, 0))
+            weight = tl.where(own == last, weight, 0.0)
             keep = tl.where(last == before, keep, 0.0)
-        state = state * keep + added
-    tl.store(final_ptr + line * size + at, state, mask=inside)
+            before = last
+        x = load_block(x_ptr, t, p, num_steps, P, x_t, 1)
+        b = load_block(B_ptr, t, n, num_steps, N, B_t, 1)
+        tl.store(out_ptr + (line * num_chunks + chunk) * P * N + at, state, mask=inside)
+        state = state * keep + multiply(tl.trans(x.to(tl.float32) * weight[:, None]), b, EXACT)
+    tl.store(final_ptr + line * P * N + at, state, mask=inside)
 
 
 @triton.jit
@@ -198,7 +179,11 @@ def output_kernel(x_ptr, C_ptr, D_ptr, scores_ptr, states_ptr, step_ptr, decay_p
         c = load_block(C_ptr, t, n, num_steps, N, C_t, 1)
         entering = load_block(states_ptr, p, n, P, N, N, 1)
         acc += multiply(c, tl.trans(entering), EXACT)
-    acc *= edge_weights(step_ptr + line, decay_ptr + line, seq_ptr, batch, chunk, num_steps, False, HAS_SEQ, L)[:, None]
+    from_start, _, _ = edge_weights(step_ptr + line, decay_ptr + line, L)
+    if HAS_SEQ:
+        own, _, before = documents(seq_ptr, batch, chunk, num_steps, L)
+        from_start = tl.where(own == before, from_start, 0.0)
+    acc *= from_start[:, None]
     num_groups = num_heads // per_group
     scores_ptr += ((batch * num_chunks + chunk) * num_groups + group).to(tl.int64) * L * L
     weight = pair_weights(decay_ptr + line, seq_ptr, batch, chunk, num_steps, HAS_SEQ, L)

@@ -11,13 +11,14 @@ import torch
 import triton
 
 from ssmtune.ops.launch import launch
-from ssmtune.ops.mamba2_chunk_scan.backward_kernels import pass_back_kernel
-from ssmtune.ops.mamba2_chunk_scan.forward_kernels import pass_kernel, scores_kernel, states_kernel, steps_kernel
+from ssmtune.ops.mamba2_chunk_scan.backward_kernels import leaving_kernel
+from ssmtune.ops.mamba2_chunk_scan.forward_kernels import entering_kernel, scores_kernel, steps_kernel
 from ssmtune.ops.precision import multiplies_exactly
 
 CHUNK = 64
 """Steps per chunk."""
-PASS_BLOCK, PASS_STAGES = 512, 3
+WALK = {"BLOCK_P": 32, "BLOCK_N": 128, "STAGES": 4, "num_warps": 8}
+"""Of the walks over chunks: at most so much of a head's state in one program, since heads alone do not fill a GPU."""
 LAUNCH = {"num_warps": 4, "num_stages": 1}
 """Loops over the state run once or twice: there is nothing to pipeline, and shared memory to save."""
 
@@ -60,6 +61,17 @@ class Shape:
     def blocks_n(self) -> int:
         """Programs along the state."""
         return -(-self.state // self.block_n)
+
+    def over_heads(self) -> dict[str, int]:
+        """Launch options of the kernels that loop over the heads of a group; in fp32 there is no shared memory left."""
+        return {"num_warps": 4, "num_stages": 1 if self.exact else 3}
+
+    def walk(self) -> tuple[tuple[int, int, int], dict[str, Any]]:
+        """Grid and options of the kernels that walk over chunks."""
+        width, state = (max(16, int(triton.next_power_of_2(size))) for size in (self.width, self.state))
+        block_p, block_n = min(width, WALK["BLOCK_P"]), min(state, WALK["BLOCK_N"] // (4 if self.exact else 1))
+        grid = -(-self.width // block_p), -(-self.state // block_n), self.batch * self.heads
+        return grid, {**WALK, "BLOCK_P": block_p, "BLOCK_N": block_n, "L": CHUNK, "EXACT": self.exact}
 
     def steps_options(self, dt: torch.Tensor, bias: Any, mask: Any) -> dict[str, Any]:
         """Arguments of the two kernels of the step sizes, from `low` on."""
@@ -125,15 +137,10 @@ def chunk_scores(s: Shape, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
     return scores
 
 
-def _chunk_sums(s: Shape, rows: Any, cols: Any, step: Any, decay: Any, seq: Any, at_end: bool) -> torch.Tensor:
-    """Weighted sums of rows cols^T over each chunk, [B, H, c, P, N]."""
+def _states(s: Shape, like: torch.Tensor) -> torch.Tensor:
+    """A state for each chunk, as they lie between kernels: [B, H, c, P, N]."""
     kept = torch.float32 if s.exact else torch.bfloat16
-    out = torch.empty(s.batch, s.heads, s.chunks, s.width, s.state, dtype=kept, device=rows.device)
-    launch(states_kernel, (s.chunks, s.batch * s.heads, s.blocks_n),
-        rows, cols, step, decay, seq, out, s.steps, s.heads, s.heads // s.groups, s.width, s.state,
-        *rows.stride()[:3], *cols.stride()[:3], AT_END=at_end, HAS_SEQ=seq is not None, **s.blocks(), **LAUNCH,
-    )  # fmt: skip
-    return out
+    return torch.empty(s.batch, s.heads, s.chunks, s.width, s.state, dtype=kept, device=like.device)
 
 
 def _fp32_state(s: Shape, like: torch.Tensor) -> torch.Tensor:
@@ -144,26 +151,25 @@ def entering_states(
     s: Shape, x: Any, B: Any, step: Any, decay: Any, seq: Any, initial: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The state that enters each chunk, [B, H, c, P, N], and the final one."""
-    states = _chunk_sums(s, x, B, step, decay, seq, True)
-    final, size = _fp32_state(s, x), s.width * s.state
-    launch(pass_kernel, (-(-size // PASS_BLOCK), s.batch * s.heads),
-        states, None if initial is None else initial.contiguous(), final, decay, seq, s.steps, s.chunks, s.heads, size,
-        HAS_INITIAL=initial is not None, HAS_SEQ=seq is not None, L=CHUNK, BLOCK=PASS_BLOCK, STAGES=PASS_STAGES, num_warps=4,
+    states, final = _states(s, x), _fp32_state(s, x)
+    grid, options = s.walk()
+    launch(entering_kernel, grid,
+        x, B, step, decay, seq, None if initial is None else initial.contiguous(), states, final, s.steps, s.chunks,
+        s.heads, s.heads // s.groups, s.width, s.state, *x.stride()[:3], *B.stride()[:3],
+        HAS_INITIAL=initial is not None, HAS_SEQ=seq is not None, **options,
     )  # fmt: skip
     return states, final
 
 
 def leaving_gradients(
-    s: Shape, dy: Any, C: Any, states: torch.Tensor, step: Any, decay: Any, seq: Any, final_grad: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients: of the state that leaves each chunk, of the log decay of what passes [B, H, blocks, c], of the first state."""
-    grads = _chunk_sums(s, dy, C, step, decay, seq, False)
-    initial_grad, size = _fp32_state(s, dy), s.width * s.state
-    blocks = -(-size // PASS_BLOCK)
-    through = torch.empty(s.batch, s.heads, blocks, s.chunks, dtype=torch.float32, device=dy.device)
-    launch(pass_back_kernel, (blocks, s.batch * s.heads),
-        grads, states, None if final_grad is None else final_grad.contiguous(), initial_grad, through, decay, seq,
-        s.steps, s.chunks, s.heads, size, HAS_FINAL=final_grad is not None, HAS_SEQ=seq is not None, L=CHUNK,
-        BLOCK=PASS_BLOCK, STAGES=PASS_STAGES, num_warps=4,
+    s: Shape, dy: Any, C: Any, step: Any, decay: Any, seq: Any, final_grad: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients: of the state that leaves each chunk, [B, H, c, P, N], and of the first state."""
+    grads, initial_grad = _states(s, dy), _fp32_state(s, dy)
+    grid, options = s.walk()
+    launch(leaving_kernel, grid,
+        dy, C, step, decay, seq, None if final_grad is None else final_grad.contiguous(), grads, initial_grad, s.steps,
+        s.chunks, s.heads, s.heads // s.groups, s.width, s.state, *dy.stride()[:3], *C.stride()[:3],
+        HAS_FINAL=final_grad is not None, HAS_SEQ=seq is not None, **options,
     )  # fmt: skip
-    return grads, through, initial_grad
+    return grads, initial_grad

@@ -121,7 +121,7 @@ def run_backward(
     device, has_seq = t.x.device, t.seq is not None
     step, decay, scores = small
     states, _ = entering_states(s, t.x, t.B, step, decay, t.seq, t.initial)
-    grads, through, initial_grad = leaving_gradients(s, dy, t.C, states, step, decay, t.seq, final_grad)
+    grads, initial_grad = leaving_gradients(s, dy, t.C, step, decay, t.seq, final_grad)
     per_group, length = s.heads // s.groups, s.chunks * stages.CHUNK
     by_head, by_group = (s.chunks, s.batch * s.heads), (s.chunks, s.batch * s.groups)
 
@@ -140,21 +140,17 @@ def run_backward(
     products = {key: value for key, value in s.blocks().items() if key != "BLOCK_N"}
     launch(scores_back_kernel, by_group + (SPLITS,),
         t.x, dy, scores, step, decay, t.seq, scores_grad, between, s.steps, s.heads, per_group, s.width,
-        *t.x.stride()[:3], *dy.stride()[:3], SPLITS=SPLITS, HAS_SEQ=has_seq, **products, **LAUNCH,
+        *t.x.stride()[:3], *dy.stride()[:3], SPLITS=SPLITS, HAS_SEQ=has_seq, **products, **s.over_heads(),
     )  # fmt: skip
 
-    def through_states(rows: Any, over: Any, cols: Any, at_end: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        part = fp32(SPLITS, s.batch, length, s.groups, s.state)
-        along = fp32(s.blocks_n, s.batch, s.heads, length)
-        launch(through_states_kernel, by_group + (SPLITS * s.blocks_n,),
-            rows, over, cols, step, decay, t.seq, part, along, s.steps, s.heads, per_group, s.width, s.state,
-            *rows.stride()[:3], *cols.stride()[:3], SPLITS=SPLITS, AT_END=at_end, HAS_SEQ=has_seq, **s.blocks(),
-            **LAUNCH,
-        )  # fmt: skip
-        return part, along
-
-    part_C, before = through_states(dy, states, t.C, False)
-    part_B, after = through_states(t.x, grads, t.B, True)
+    part_B, part_C = (fp32(SPLITS, s.batch, length, s.groups, s.state) for _ in range(2))
+    after, before = (fp32(s.blocks_n, s.batch, s.heads, length) for _ in range(2))
+    through = fp32(s.batch, s.heads, s.blocks_n, s.chunks)
+    launch(through_states_kernel, by_group + (SPLITS * s.blocks_n,),
+        t.x, dy, t.B, t.C, states, grads, step, decay, t.seq, part_B, part_C, after, before, through, s.steps, s.heads,
+        per_group, s.width, s.state, *t.x.stride()[:3], *dy.stride()[:3], *t.B.stride()[:3], *t.C.stride()[:3],
+        SPLITS=SPLITS, HAS_SEQ=has_seq, **s.blocks(), **s.over_heads(),
+    )  # fmt: skip
     launch(readouts_kernel, by_group + (s.blocks_n,),
         scores_grad, part_B, part_C, t.B, t.C, into.dB, into.dC, s.steps, s.groups, s.state, *t.B.stride()[:3],
         *t.C.stride()[:3], *into.dB.stride()[:3], *into.dC.stride()[:3], SPLITS=SPLITS, L=stages.CHUNK,
@@ -162,7 +158,7 @@ def run_backward(
     )  # fmt: skip
     launch(steps_back_kernel, (s.chunks, -(-s.heads // 16), s.batch),
         t.dt, t.bias, t.A, t.mask, step, direct, between, before, after, through, into.ddt, sums, s.steps, s.heads,
-        *into.ddt.stride(), BLOCKS_N=s.blocks_n, BLOCKS=through.shape[2], **s.steps_options(t.dt, t.bias, t.mask), **LAUNCH,
+        *into.ddt.stride(), BLOCKS_N=s.blocks_n, **s.steps_options(t.dt, t.bias, t.mask), **LAUNCH,
     )  # fmt: skip
     dA, dbias, dD = sums.sum((1, 2)).unbind()
     return (

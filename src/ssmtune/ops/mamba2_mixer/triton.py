@@ -71,11 +71,8 @@ class _Mixer(torch.autograd.Function):
         y = y.flatten(2)
         gated = norms.run_forward(y, outer.norm.weight_D, gate, outer.norm.eps, _group(outer)).flatten(0, -2)
         out_v = torch.mm(gated, out_A.t())
-        if residual:
-            out = torch.addmm(flat, gated, outer.weight_OI.t(), alpha=m)
-        else:
-            out = product(gated, outer.weight_OI.t(), m)
-        add_low_rank(out, out_v, out_B.t(), m)
+        out = product(gated, outer.weight_OI.t(), m)
+        add_low_rank(out, out_v, out_B.t(), m, flat if residual else None)
         # The frozen weights are the model's own and outlive every pass; nobody writes to them in between.
         ctx.inner, ctx.core, ctx.outer = (_detached(part) for part in (inner, core, outer))
         ctx.settings = residual, m

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ssmtune.ops.product_kernels import multiply
+
 
 @triton.jit
 def activation(x, SILU: tl.constexpr):
@@ -73,18 +75,22 @@ def low_rank_product(v_ptr, factor_ptr, t, o, num_rows, width, rank, factor_col,
     v = tl.load(v_ptr + t[:, None] * rank + r[None, :], mask=(t < num_rows)[:, None] & (r < rank)[None, :], other=0.0)
     at = r[:, None] * factor_rank + o[None, :] * factor_col
     factor = tl.load(factor_ptr + at, mask=(r < rank)[:, None] & (o < width)[None, :], other=0.0)
-    if EXACT:
-        return tl.dot(v.to(tl.float32), factor.to(tl.float32), input_precision="tf32x3")
-    return tl.dot(v, factor)
+    return multiply(v, factor, EXACT)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def add_low_rank_kernel(y_ptr, v_ptr, factor_ptr, num_rows, width, rank, factor_col, factor_rank, alpha,
-                        EXACT: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
-    """Add alpha v [T, r] factor [r, O] to y [T, O], both dense, in place. Grid (blocks of O, blocks of T)."""
+def add_low_rank_kernel(y_ptr, v_ptr, factor_ptr, residual_ptr, num_rows, width, rank, factor_col, factor_rank, alpha,
+                        ADDS: tl.constexpr, EXACT: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr,
+                        BLOCK_O: tl.constexpr):  # fmt: skip
+    """Add alpha v [T, r] factor [r, O] to y [T, O], in place, and with ADDS the residual [T, O]; all are dense.
+
+    Grid (blocks of O, blocks of T).
+    """
     t, o = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     product = low_rank_product(v_ptr, factor_ptr, t, o, num_rows, width, rank, factor_col, factor_rank, EXACT, RANK)
     where = t[:, None].to(tl.int64) * width + o[None, :]
     inside = (t < num_rows)[:, None] & (o < width)[None, :]
-    y = tl.load(y_ptr + where, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + where, y + alpha * product, mask=inside)
+    y = tl.load(y_ptr + where, mask=inside, other=0.0).to(tl.float32) + alpha * product
+    if ADDS:
+        y += tl.load(residual_ptr + where, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + where, y, mask=inside)

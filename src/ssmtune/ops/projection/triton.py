@@ -1,7 +1,7 @@
 """The adapted projection on NVIDIA GPUs: cuBLAS for the products, Triton for what lies before them.
 
-The residual and the low-rank term are added by the products themselves (beta of a matrix product); the low-rank input
-p A^T [..., r] is kept, the prologue's result p is not.
+The low-rank term and the residual are added in one pass over the product; the low-rank input p A^T [..., r] is kept, the
+prologue's result p is not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ssmtune.ops.projection.before import Spec, drop, prepare, prepare_back, thr
 from ssmtune.ops.projection.kernels import add_low_rank_kernel
 from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Prologue
 
-ADD_BLOCK = {"BLOCK_T": 64, "BLOCK_O": 128, "num_warps": 4}
+ADD_BLOCK = {"BLOCK_T": 32, "BLOCK_O": 128, "num_warps": 4}
 
 
 def projection(
@@ -73,7 +73,7 @@ class _Projection(torch.autograd.Function):
     ) -> torch.Tensor:
         p = prepare(x, second, norm_weight, spec).flatten(0, -2)
         m = spec.multiplier
-        if residual is not None:
+        if residual is not None and A is None:
             y = torch.addmm(residual.reshape(-1, weight.shape[0]), p, weight.t(), alpha=m)
             y = y if bias is None else y.add_(bias, alpha=m)
         elif bias is not None:
@@ -83,7 +83,8 @@ class _Projection(torch.autograd.Function):
         v = None
         if A is not None:
             v = torch.mm(drop(p, seed, spec.dropout), rounded_A.t())
-            add_low_rank(y, v, rounded_B.t(), m)
+            # With the residual, which the product could take too, but only from a copy.
+            add_low_rank(y, v, rounded_B.t(), m, residual)
         ctx.save_for_backward(x, second, norm_weight, weight, rounded_A, rounded_B, v, seed)
         ctx.spec, ctx.lead = spec, x.shape[:-1]
         return y.view(*ctx.lead, weight.shape[0])
@@ -131,13 +132,16 @@ def rank_block(v: torch.Tensor) -> int:
     return max(16, int(triton.next_power_of_2(v.shape[1])))
 
 
-def add_low_rank(y: torch.Tensor, v: torch.Tensor, factor: torch.Tensor, alpha: float) -> None:
-    """y [T, O] += alpha v [T, r] factor [r, O], in place; y and v are dense."""
+def add_low_rank(
+    y: torch.Tensor, v: torch.Tensor, factor: torch.Tensor, alpha: float, residual: torch.Tensor | None = None
+) -> None:
+    """y [T, O] += alpha v [T, r] factor [r, O] + residual [T, O], in place; y and v are dense."""
     rows, width = y.shape
     grid = int(triton.cdiv(width, ADD_BLOCK["BLOCK_O"])), int(triton.cdiv(rows, ADD_BLOCK["BLOCK_T"]))
+    added = None if residual is None else residual.reshape(rows, width).contiguous()
     launch(
-        add_low_rank_kernel, grid, y, v, factor, rows, width, v.shape[1], factor.stride(1), factor.stride(0), alpha,
-        EXACT=multiplies_exactly(y), RANK=rank_block(v), **ADD_BLOCK,
+        add_low_rank_kernel, grid, y, v, factor, added, rows, width, v.shape[1], factor.stride(1), factor.stride(0),
+        alpha, ADDS=added is not None, EXACT=multiplies_exactly(y), RANK=rank_block(v), **ADD_BLOCK,
     )  # fmt: skip
 
 
