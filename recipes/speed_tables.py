@@ -173,38 +173,55 @@ def qlora() -> str:
 
 
 def curve() -> str:
-    """Loss curves of the fast and the plain path, how far they are apart, and the verdict."""
+    """Loss curves of the fast path and of runs of the plain one, how far each two are apart, and the verdicts."""
     parts = []
     for name, record in records(lambda r: r["config"].get("benchmark") == "loss-curve").items():
-        config, found = record["config"], record["comparison"]
-        rows = []
+        config, num = record["config"], record["config"]["num_steps"]
+        rows, without = [], []
         for arm, facts in record["arms"].items():
             losses = facts["losses"]
+            if "refused" in facts:
+                without.append(f"Without {arm}: {facts['refused']}")
             if not losses:
                 continue
-            marks = [losses[round(part * (len(losses) - 1) / 4)] for part in range(5)]
-            gaps = [""] * 3
-            if found is not None and arm != "plain":
-                gaps = [f"{found[arm][key]:.1e}" for key in ("first", "mean", "largest")]
-            speed = len(losses) * config["row_length"] / facts["seconds"]["train"]
-            rows.append(
-                [arm, *(f"{loss:.4f}" for loss in marks), *gaps, f"{speed:,.0f}", f"{facts['seconds']['train']:.0f} s"]
-            )
-        num = config["num_steps"]
+            marks = [f"{losses[round(part * (len(losses) - 1) / 4)]:.4f}" for part in range(5)]
+            seconds = facts["seconds"]["train"]
+            speed = len(losses) * config["row_length"] / seconds
+            rows.append([arm, _ran_on(facts), *marks, f"{speed:,.0f}", f"{seconds:.0f} s"])
         at = [f"step {round(part * (num - 1) / 4) + 1}" for part in range(5)]
-        apart = ["from plain: first step", "mean", "largest"]
-        words = (
+        words = [
             f"[{_model(record)}](../records/bench/{name}.json), {num} steps of 1 x {config['row_length']:,} tokens of text, "
             f"{record['environment']['device']}."
-        )
-        if found is None:
-            words += f" Stopped before all three were there ({record['status']})."
-        else:
-            words += f" Rule: {found['rule']}. Over {found['num_steps']} steps: "
-            words += f"**{'within' if found['within_noise'] else 'not within'} noise**."
-        headings = ["run", *at, *apart, "tokens/s, all of training", "training"]
-        parts.append(words + "\n\n" + _table(headings, rows))
-    return "\n\n".join(parts) or NO_RECORD
+        ]
+        if record["status"] == "aborted":
+            words.append("Stopped before all steps were made.")
+        gaps, verdicts = _gaps(record["comparison"])
+        for verdict, found in verdicts.items():
+            words.append(f"Over {found['num_steps']} steps fast is **{'' if found['holds'] else 'not '}{verdict}**.")
+        rules = "\n".join(f"- {found['rule'][0].upper()}{found['rule'][1:]}." for found in verdicts.values())
+        runs = _table(["run", "on", *at, "tokens/s, all of training", "training"], rows)
+        keys = ("first", "mean", "largest", "last_quarter_mean", "last_quarter")
+        columns = ["first step", "mean", "largest", "mean of the last quarter", "the same with its sign"]
+        cells = [[pair, f"{gap['num_steps']}", *(f"{gap[key]:.1e}" for key in keys)] for pair, gap in gaps.items()]
+        apart = _table(["losses apart", "steps", *columns], cells) if cells else ""
+        parts += [" ".join([*words, *without]), rules, runs, apart]
+    return "\n\n".join(part for part in parts if part) or NO_RECORD
+
+
+def _ran_on(facts: Record) -> str:
+    """What an arm of a curve ran on; the first record named the operations of rewritten layers only."""
+    return "ssmtune's operations" if facts["operations"] == "off" else str(facts["operations"])
+
+
+def _gaps(found: Record | None) -> tuple[Record, Record]:
+    """How far each two runs are apart, and the verdicts, by name; the first record holds two pairs and one verdict."""
+    if found is None:
+        return {}, {}
+    if "pairs" in found:
+        return found["pairs"], found["verdicts"]
+    num = {"num_steps": found["num_steps"]}
+    pairs = {f"{arm} - plain": {**found[arm], **num} for arm in ("fast", "split")}
+    return pairs, {"within noise": {"rule": found["rule"], "holds": found["within_noise"], **num}}
 
 
 def profile() -> str:

@@ -64,6 +64,9 @@ LOSS_OPERATIONS = ("aten::cross_entropy_loss", "aten::log_softmax", "aten::nll_l
 KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d", "fla")
 """Packages whose functions transformers' recurrent layers take where they can be imported."""
 
+OUR_OPERATIONS = re.compile(r"ssmtune\.ops\.(\w+)\.(reference|triton)")
+"""Name of a module that runs an operation of ours, and on what."""
+
 
 def component_modules(model: nn.Module, inventory: Inventory) -> list[tuple[nn.Module, str]]:
     """Return the modules that stand for components, each with its label.
@@ -190,17 +193,23 @@ def _in_backward(event: Any) -> bool:
 def called_operations(step: Callable[[], object]) -> str:
     """Run `step` once and say whose operations its forward pass called, with versions.
 
-    For example "mamba_ssm 2.3.2, causal_conv1d 1.7.0", or "transformers' own, without causal_conv1d, mamba_ssm".
+    For example "mamba_ssm 2.3.2, causal_conv1d 1.7.0", "transformers' own, without causal_conv1d, mamba_ssm", or
+    "ssmtune's causal_conv1d (triton), mamba2_chunk_scan (triton)".
     Seen are the calls: transformers takes a package's function or its own when a modeling module is imported, so what
     is installed does not tell.
     """
     packages: set[str] = set()
     own: dict[str, str] = {}
+    ours: set[str] = set()
 
     def look(frame: FrameType, event: str, result: Any) -> None:
-        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        module = str(frame.f_globals.get("__name__"))
+        package = module.partition(".")[0]
         if event == "call" and package in KERNEL_PACKAGES:
             packages.add(package)
+        # Named as its operation: modules call each other's smaller functions, and are imported.
+        if event == "call" and (found := OUR_OPERATIONS.fullmatch(module)) and frame.f_code.co_name == found[1]:
+            ours.add(f"{found[1]} ({found[2]})")
         # The function of transformers that stands for a kernel. It returns None where only a kernel could answer.
         if event == "return" and result is not None and "is_new_implementation" in frame.f_code.co_freevars:
             held = frame.f_locals
@@ -214,10 +223,12 @@ def called_operations(step: Callable[[], object]) -> str:
     finally:
         sys.setprofile(before)
     missing = f", without {', '.join(sorted(set(own.values())))}" if own else ""
-    if not packages:
+    if not packages and not ours:
         return f"transformers' own{missing}"
-    kernels = ", ".join(_with_version(package) for package in KERNEL_PACKAGES if package in packages)
-    return f"{kernels}; transformers' own {', '.join(sorted(own))}{missing}" if own else kernels
+    parts = [", ".join(_with_version(package) for package in KERNEL_PACKAGES if package in packages)]
+    parts.append(f"ssmtune's {', '.join(sorted(ours))}" if ours else "")
+    parts.append(f"transformers' own {', '.join(sorted(own))}{missing}" if own else "")
+    return "; ".join(part for part in parts if part)
 
 
 def _with_version(package: str) -> str:

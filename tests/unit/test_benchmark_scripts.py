@@ -14,12 +14,17 @@ import numpy as np
 import pytest
 import torch
 from transformers import GraniteMoeHybridConfig
+from transformers.models.granitemoehybrid import modeling_granitemoehybrid as modeling
 
 from ssmtune import bench as bench_module
 from ssmtune.bench import BenchConfig, bench
-from ssmtune.errors import CheckFailed, ConfigError
+from ssmtune.errors import CheckFailed, ConfigError, RecordError
 from ssmtune.graphs import SWITCH
+from ssmtune.memory import recomputes
 from ssmtune.models import load_tokenizer
+from ssmtune.ops import backend
+from ssmtune.ops.causal_conv1d import causal_conv1d
+from ssmtune.ops.mamba2_chunk_scan import mamba2_chunk_scan
 from ssmtune.report import write_report
 
 ROOT = Path(__file__).parents[2]
@@ -236,7 +241,10 @@ def test_rows_of_the_curve_are_the_text_cut_at_documents_and_halves(tmp_path: Pa
         CURVE.make_rows(ids, 3, 5)
 
 
-def test_the_verdict_is_the_rule() -> None:
+@pytest.mark.parametrize(
+    ("name", "other", "factor"), [("within noise", "split", 3), ("within the noise between kernels", "mamba_ssm", 2)]
+)
+def test_the_verdict_is_the_rule(name: str, other: str, factor: float) -> None:
     noise = [0.1 * (-1) ** step for step in range(16)]
     plain = [5.0 - 0.1 * step for step in range(16)]
 
@@ -244,16 +252,47 @@ def test_the_verdict_is_the_rule() -> None:
         curves = {
             "plain": plain,
             "fast": [p + g for p, g in zip(plain, gap, strict=True)],
-            "split": [p + n for p, n in zip(plain, noise, strict=True)],
+            other: [p + n for p, n in zip(plain, noise, strict=True)],
         }
-        found: bool = CURVE.compare(curves)["within_noise"]
-        return found
+        # The arm that the other rule names did not run.
+        (found,) = CURVE.compare(curves)["verdicts"].items()
+        assert found[0] == name and f"at most {factor} times that of |{other} - plain|" in found[1]["rule"]
+        holds: bool = found[1]["holds"]
+        return holds
 
-    assert verdict([2.9 * n for n in noise])
-    assert not verdict([3.1 * n for n in noise])
-    # As small as the noise in size, but always worse at the end.
-    assert not verdict([0.11] * 16) and verdict([0.09] * 16)
-    assert CURVE.compare({"plain": plain, "fast": plain}) is None
+    assert verdict([(factor - 0.1) * n for n in noise])
+    assert not verdict([(factor + 0.1) * n for n in noise])
+    # As small as the noise in size, but always on one side at the end.
+    assert not verdict([0.11] * 16) and not verdict([-0.11] * 16) and verdict([0.09] * 16)
+    # A run that was stopped early counts over the steps that it made, and one of three steps not at all.
+    curves = {"plain": plain, "fast": [*plain[:8], *[9.0] * 8], other: [p + 0.1 for p in plain[:8]]}
+    assert CURVE.compare(curves)["verdicts"][name] | {"rule": ""} == {"rule": "", "num_steps": 8, "holds": True}
+    assert CURVE.compare({**curves, other: plain[:3]})["verdicts"] == {}
+    assert CURVE.compare({"plain": plain}) is None
+
+
+def test_each_two_runs_are_apart_by_their_losses() -> None:
+    curves = {"fast": [4.0, 3.0, 2.0, 1.0], "mamba_ssm": [4.0, 3.5, 2.0, 1.25], "plain": [4.25, 3.0, 2.0, 1.5, 0.0]}
+    pairs = CURVE.compare(curves)["pairs"]
+    assert list(pairs) == ["mamba_ssm - plain", "fast - plain", "fast - mamba_ssm"]
+    assert pairs["fast - plain"] == {
+        "num_steps": 4,
+        "first": 0.25,
+        "mean": 0.1875,
+        "largest": 0.5,
+        "last_quarter": -0.5,
+        "last_quarter_mean": 0.5,
+    }
+    assert pairs["mamba_ssm - plain"]["last_quarter"] == -0.25 and pairs["fast - mamba_ssm"]["last_quarter"] == -0.25
+    assert pairs["mamba_ssm - plain"]["mean"] == 0.25
+
+
+def test_arms_are_named_once_and_as_they_are() -> None:
+    assert CURVE.to_arms("plain,mamba_ssm") == ("plain", "mamba_ssm")
+    with pytest.raises(ConfigError, match="'mamba-ssm' is no arm; nearest: 'mamba_ssm'"):
+        CURVE.to_arms("plain,mamba-ssm")
+    with pytest.raises(ConfigError, match="'fast' twice"):
+        CURVE.to_arms("fast,plain,fast")
 
 
 @pytest.fixture
@@ -270,15 +309,24 @@ def test_both_paths_learn_alike_and_a_broken_one_does_not(
     (tmp_path / "b").mkdir()
     record = CURVE.run(setup, ids, tmp_path / "b" / "curve.json", float("inf"))
     assert record["status"] in ("done", "provisional")
-    losses = {arm: facts["losses"] for arm, facts in record["arms"].items()}
-    assert all(len(curve) == 5 for curve in losses.values())
+    arms = record["arms"]
+    losses = {arm: facts["losses"] for arm, facts in arms.items() if arm != "mamba_ssm"}
+    assert list(losses) == ["fast", "plain", "split", "repeat"] and all(len(curve) == 5 for curve in losses.values())
     # fp32: another order of summation, and what five steps make of it.
     assert losses["fast"] == pytest.approx(losses["plain"], abs=1e-4)
     assert losses["split"] == pytest.approx(losses["plain"], abs=1e-4)
-    assert "layers rewritten" in record["arms"]["fast"]["operations"]
-    assert record["arms"]["fast"]["head"] == "without logits" and record["arms"]["plain"]["operations"] == "off"
+    assert losses["repeat"] == losses["fast"]
+    assert "layers rewritten" in arms["fast"]["operations"] and arms["fast"]["head"] == "without logits"
+    assert arms["plain"]["operations"] == "ssmtune's causal_conv1d (reference), mamba2_chunk_scan (reference)"
+    # Not on transformers' own in its place.
+    assert arms["mamba_ssm"]["losses"] == [] and "causal_conv1d and mamba_ssm cannot be" in arms["mamba_ssm"]["refused"]
+    assert list(record["comparison"]["verdicts"]) == ["within noise"]
     monkeypatch.setattr(TABLES, "BENCH", tmp_path / "b")
-    assert "within noise**" in TABLES.curve() and "| split |" in TABLES.curve()
+    shown = TABLES.curve()
+    assert (
+        "fast is **within noise**" in shown and "| fast - plain | 5 |" in shown and "| repeat - fast | 5 | 0.0" in shown
+    )
+    assert "Without mamba_ssm: GraniteMoeHybridMambaLayer: transformers runs" in shown
     # A report of records takes it, as what has no step to draw.
     assert "loss-curve" in write_report([record], tmp_path / "r.html", "r").read_text()
 
@@ -294,8 +342,8 @@ def test_both_paths_learn_alike_and_a_broken_one_does_not(
 
     monkeypatch.setattr(CURVE, "attach", half_trained)
     monkeypatch.setattr("ssmtune.watch._refuse_dead", lambda groups, waiting: None)
-    record = CURVE.run(setup, ids, tmp_path / "broken.json", float("inf"))
-    assert record["comparison"]["within_noise"] is False
+    record = CURVE.run(setup, ids, tmp_path / "broken.json", float("inf"), ("split", "plain", "fast"))
+    assert record["comparison"]["verdicts"]["within noise"]["holds"] is False
 
 
 def test_a_stopped_curve_leaves_what_there_is(curve_setup: tuple[Any, Path], tmp_path: Path) -> None:
@@ -304,3 +352,95 @@ def test_a_stopped_curve_leaves_what_there_is(curve_setup: tuple[Any, Path], tmp
     record = json.loads((tmp_path / "part.json").read_text())
     assert record["status"] == "aborted" and record["comparison"] is None
     assert list(record["arms"]) == ["fast"] and len(record["arms"]["fast"]["losses"]) == 1
+
+
+def test_kernels_of_packages_run_in_place_of_ours_and_no_whole_layer(
+    curve_setup: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the names that transformers' layer calls are functions of no package and not transformers' own."""
+    setup, ids = curve_setup
+    called = []
+
+    def convolution(x: Any, weight: Any, bias: Any, activation: str, seq_idx: Any, **_: Any) -> Any:
+        called.append("convolution")
+        return causal_conv1d(x, weight, bias, activation, seq_idx=seq_idx)
+
+    def scan(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, dt_bias: Any, seq_idx: Any, **_: Any) -> Any:
+        called.append("scan")
+        return mamba2_chunk_scan(x, dt, A, B, C, D_H=D, dt_bias_H=dt_bias, dt_softplus=True, seq_idx=seq_idx)[0]
+
+    def whole_layer(*_: Any, **__: Any) -> Any:
+        called.append("whole layer")
+        return torch.zeros(1, 64, 32)
+
+    functions = {"causal_conv1d_fn": convolution, "mamba2_chunk_scan": scan}
+    functions |= {"mamba2_split_conv1d_scan_combined": whole_layer}
+    for name in ("causal_conv1d_update", "mamba2_selective_state_update"):
+        monkeypatch.setattr(modeling, name, None)
+    for name, function in functions.items():
+        monkeypatch.setattr(modeling, name, function)
+    record = CURVE.run(setup, ids, tmp_path / "curve.json", float("inf"), ("mamba_ssm", "plain"))
+    arms = record["arms"]
+    # One layer, five steps, and nothing of it in the other arm.
+    assert called == ["convolution", "scan"] * 5
+    assert arms["mamba_ssm"]["losses"] == arms["plain"]["losses"] and len(arms["plain"]["losses"]) == 5
+    assert arms["mamba_ssm"]["base_digest"] == arms["plain"]["base_digest"]
+
+
+def test_the_reference_is_asked_for_its_arm_alone(
+    curve_setup: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, ids = curve_setup
+    seen = []
+    run_arm = CURVE.run_arm
+
+    def watched(model: Any, plan: Any, arm: str, *given: Any) -> None:
+        run_arm(model, plan, arm, *given)
+        seen.append((arm, os.environ.get(backend.SWITCH), recomputes(model)))
+        if arm == "reference":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+
+    monkeypatch.setattr(CURVE, "run_arm", watched)
+    record = CURVE.run(setup, ids, tmp_path / "curve.json", float("inf"), ("reference", "plain"))
+    # The next arm runs, and recomputes nothing.
+    assert seen == [("reference", "reference", False), ("plain", None, False)]
+    assert record["arms"]["reference"]["refused"] == "CUDA out of memory. Tried to allocate 2 GiB"
+    assert [record["arms"][arm]["memory"] for arm in ("reference", "plain")] == ["small", "fast"]
+    assert record["arms"]["reference"]["losses"] == record["arms"]["plain"]["losses"]
+
+
+def test_records_of_several_processes_become_one(tmp_path: Path) -> None:
+    def write(name: str, device: str, arms: dict[str, list[float]], **differing: Any) -> Path:
+        facts = {arm: {"losses": curve, "device": device, "base_digest": "d"} for arm, curve in arms.items()}
+        config = {"benchmark": "loss-curve", "num_steps": 4, "tokens": "t", **differing}
+        record = CURVE.new_record("benchmark", config=config, status="done", arms=facts, comparison=None, seconds=1.0)
+        record["environment"] |= {"device": device, "dirty": False}
+        record["shape"] = {"parameters": 7}
+        path: Path = CURVE.write_json(tmp_path / name, record)
+        return path
+
+    curve = [4.0, 3.0, 2.0, 1.0]
+    one = write("one.json", "GPU A", {"fast": curve, "plain": curve, "split": curve[:2]})
+    two = write("two.json", "GPU B", {"mamba_ssm": curve, "split": curve})
+    merged = CURVE.merge([one, two], tmp_path / "whole.json")
+    assert json.loads((tmp_path / "whole.json").read_text()) == merged
+    assert {arm: (len(found["losses"]), found["device"]) for arm, found in merged["arms"].items()} == {
+        "fast": (4, "GPU A"),
+        "plain": (4, "GPU A"),
+        "split": (4, "GPU B"),
+        "mamba_ssm": (4, "GPU B"),
+    }
+    assert merged["status"] == "done" and merged["environment"]["device"] == "GPU A and GPU B"
+    assert set(merged["comparison"]["verdicts"]) == set(CURVE.RULES) and merged["seconds"] == 2.0
+    assert CURVE.merge([one], tmp_path / "part.json")["status"] == "aborted"
+    with pytest.raises(RecordError, match="holds 'plain', which a record before it holds"):
+        CURVE.merge([one, write("plain.json", "GPU B", {"plain": curve})], tmp_path / "no.json")
+    with pytest.raises(RecordError, match="tokens is 'u' there and 't' before"):
+        CURVE.merge([one, write("other.json", "GPU A", {"mamba_ssm": curve}, tokens="u")], tmp_path / "no.json")
+    for part, name, found in (("environment", "commit", "c"), ("shape", "parameters", 8), ("arms", "mamba_ssm", {})):
+        record = json.loads(two.read_text())
+        record[part][name] = found if part != "arms" else {"losses": curve, "base_digest": "e"}
+        CURVE.write_json(tmp_path / "differs.json", record)
+        with pytest.raises(RecordError, match="weights is" if part == "arms" else f"{name} is"):
+            CURVE.merge([one, tmp_path / "differs.json"], tmp_path / "no.json")
+    assert not (tmp_path / "no.json").exists()
