@@ -26,6 +26,8 @@ from ssmtune.bench_side import measure
 from ssmtune.cli.main import main
 from ssmtune.config import decode
 from ssmtune.errors import CheckFailed, ConfigError
+from ssmtune.ops.causal_conv1d import causal_conv1d
+from ssmtune.ops.causal_conv1d.reference import check_window
 from ssmtune.quantized import QuantizeConfig
 
 MICRO = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -232,6 +234,13 @@ def test_called_are_the_packages_whose_functions_ran(tmp_path: Path, monkeypatch
     assert called_operations(lambda: whole(kernel(1.0))) == "mamba_ssm 9.9"
     # Installed and not called.
     assert called_operations(lambda: None) == "transformers' own"
+    # Of ours an operation counts, and not what one on kernels takes from the reference.
+    x, taps, window = torch.zeros(1, 2, 4), torch.zeros(2, 3), torch.zeros(1, 2, 2)
+    assert called_operations(lambda: causal_conv1d(x, taps)) == "ssmtune's causal_conv1d (reference)"
+    assert called_operations(lambda: check_window(window, 3)) == "transformers' own"
+    assert called_operations(lambda: causal_conv1d(kernel(x), taps)).startswith(
+        "mamba_ssm 9.9; ssmtune's causal_conv1d"
+    )
 
 
 @pytest.mark.parametrize(

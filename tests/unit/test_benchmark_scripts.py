@@ -315,7 +315,7 @@ def test_both_paths_learn_alike_and_a_broken_one_does_not(
     # fp32: another order of summation, and what five steps make of it.
     assert losses["fast"] == pytest.approx(losses["plain"], abs=1e-4)
     assert losses["split"] == pytest.approx(losses["plain"], abs=1e-4)
-    assert losses["repeat"] == losses["fast"]
+    assert losses["repeat"] == losses["fast"] and arms["repeat"]["operations"] == arms["fast"]["operations"]
     assert "layers rewritten" in arms["fast"]["operations"] and arms["fast"]["head"] == "without logits"
     assert arms["plain"]["operations"] == "ssmtune's causal_conv1d (reference), mamba2_chunk_scan (reference)"
     # Not on transformers' own in its place.
@@ -342,8 +342,10 @@ def test_both_paths_learn_alike_and_a_broken_one_does_not(
 
     monkeypatch.setattr(CURVE, "attach", half_trained)
     monkeypatch.setattr("ssmtune.watch._refuse_dead", lambda groups, waiting: None)
-    record = CURVE.run(setup, ids, tmp_path / "broken.json", float("inf"), ("split", "plain", "fast"))
+    record = CURVE.run(setup, ids, tmp_path / "c" / "broken.json", float("inf"), ("split", "plain", "fast"))
     assert record["comparison"]["verdicts"]["within noise"]["holds"] is False
+    monkeypatch.setattr(TABLES, "BENCH", tmp_path / "c")
+    assert "fast is **not within noise**" in TABLES.curve()
 
 
 def test_a_stopped_curve_leaves_what_there_is(curve_setup: tuple[Any, Path], tmp_path: Path) -> None:
