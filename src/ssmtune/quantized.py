@@ -107,6 +107,12 @@ def logical_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(vars(tensor)["quant_state"].shape if is_quantized(tensor) else tensor.shape)
 
 
+def logical_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype of the weight that a parameter stands for."""
+    dtype: torch.dtype = vars(tensor)["quant_state"].dtype if is_quantized(tensor) else tensor.dtype
+    return dtype
+
+
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """Return the values of a base tensor: the tensor itself, or, [O, I] in the dtype before, what its codes stand for."""
     if not is_quantized(tensor):

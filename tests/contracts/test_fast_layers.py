@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_model
-from tolerances import OP_FP32, relative_rms
+from tiny import move, tiny_config, tiny_model
+from tolerances import BF16_ROUND_ONCE, OP_FP32, relative_rms
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import ssmtune
@@ -19,9 +20,21 @@ from ssmtune.fast import _linear, _mamba2
 from ssmtune.head_loss import HeadLoss, head_on
 from ssmtune.memory import keep_activations
 from ssmtune.ops.mamba2_mixer import mamba2_mixer
+from ssmtune.quantize import quantize
+from ssmtune.quantized import QuantizeConfig, dense
 
 FAMILIES = module_names("ssmtune.fast")
 CASES = [(family, name) for family in FAMILIES for name in get_family(family).tiny_configs()]
+
+FOUR_BITS = QuantizeConfig(components=("attention", "recurrent", "mlp"))
+# One config of each family of which every layer is rewritten.
+SERVED = [
+    ("bamba", "tied"),
+    ("falcon_h1", "no-norm"),
+    ("granite_hybrid", "dense"),
+    ("mamba2", "tied"),
+    ("nemotron_h", "dense"),
+]
 
 # Sums in another order over a few layers.
 LIMIT = 20 * OP_FP32
@@ -29,9 +42,13 @@ LIMIT = 20 * OP_FP32
 Results = dict[str, torch.Tensor]
 
 
-def adapted_model(case: tuple[str, str], *, fast: bool, recipe: str = "all+core") -> ssmtune.AdaptedModel:
-    """A tiny model whose adapters do something."""
+def adapted_model(
+    case: tuple[str, str], *, fast: bool, recipe: str = "all+core", four_bits: bool = False
+) -> ssmtune.AdaptedModel:
+    """A tiny model whose adapters do something; with `four_bits` over projections that are all held in 4 bits."""
     model = tiny_model(case)
+    if four_bits:
+        quantize(model, FOUR_BITS)
     adapted = ssmtune.attach(model, ssmtune.make_plan(model, recipe=recipe), fast="off")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -89,6 +106,60 @@ def test_a_family_has_served_layers(family: str) -> None:
         assert layers.num_blocks + len(layers.reasons) == layers.num_layers
         described[name] = layers.reasons
     assert any(not reasons for reasons in described.values()), described
+
+
+def test_every_family_has_its_case_in_4_bits() -> None:
+    assert [family for family, _ in SERVED] == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("case", "recipe"),
+    # With projections that carry no adapter as well.
+    [*((case, "all+core") for case in SERVED), (("granite_hybrid", "dense"), "attention")],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_a_base_in_4_bits(case: tuple[str, str], recipe: str) -> None:
+    """Every layer is rewritten, and equals the model's own over the same codes; so with the adapters switched off."""
+    own = adapted_model(case, fast=False, recipe=recipe, four_bits=True)
+    fast = adapted_model(case, fast=True, recipe=recipe, four_bits=True)
+    assert fast.quantized is not None and not fast.fast_layers.reasons
+    given = inputs(fast, "packed")
+    assert worst(results(fast, given), results(own, given)) <= LIMIT
+    with torch.no_grad(), fast.disable_adapter(), own.disable_adapter():
+        assert relative_rms(fast(**given).logits, own(**given).logits) <= LIMIT
+
+
+@pytest.mark.parametrize("case", SERVED, ids="-".join)
+def test_no_values_of_4_bit_weights_wait_for_the_backward_pass(
+    case: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each weight is unpacked once forward and again backward, and its values are gone when the product is done."""
+    unpacked: list[StorageWeakRef] = []
+
+    def watched(weight: torch.Tensor) -> torch.Tensor:
+        assert all(values.expired() for values in unpacked)
+        values = dense(weight)
+        unpacked.append(StorageWeakRef(values.untyped_storage()))
+        return values
+
+    monkeypatch.setattr(_linear, "dense", watched)
+    adapted = adapted_model(case, fast=True, four_bits=True)
+    assert adapted.quantized is not None
+    num_weights = len(adapted.quantized.paths)
+    logits = adapted(**inputs(adapted, "packed")).logits
+    assert len(unpacked) == num_weights
+    assert all(values.expired() for values in unpacked)
+    logits.sum().backward()
+    assert all(values.expired() for values in unpacked)
+    # What reads the embeddings needs no gradient of its input: the first layer's projections up to its first output.
+    assert 2 * num_weights - 4 <= len(unpacked) < 2 * num_weights
+
+
+def test_what_is_not_served_in_4_bits_says_why() -> None:
+    adapted = adapted_model(("granite_hybrid", "dense"), fast=True, recipe="dora", four_bits=True)
+    assert "carries something else than one plain LoRA" in adapted.fast_block
+    own = adapted_model(("granite_hybrid", "dense"), fast=False, recipe="dora", four_bits=True)
+    assert worst(results(adapted, inputs(adapted, "packed")), results(own, inputs(own, "packed"))) <= LIMIT
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -162,14 +233,42 @@ def test_a_residual_stream_in_fp32_is_served_under_autocast(monkeypatch: pytest.
     monkeypatch.setattr(_mamba2, "mamba2_mixer", watched)
     config = tiny_config(("mamba2", "tied"))
     assert config.residual_in_fp32 and config.num_hidden_layers > 1
-    for dtype, expected in ((torch.bfloat16, [torch.bfloat16] * config.num_hidden_layers), (torch.float32, [])):
-        # A model in fp32, whose products autocast would round, keeps its own layers.
+    every_layer = [torch.bfloat16] * config.num_hidden_layers
+    for dtype, four_bits, expected in (
+        (torch.bfloat16, False, every_layer),
+        (torch.bfloat16, True, every_layer),
+        # A model in fp32, whose products autocast would round, keeps its own layers, whatever its weights are held in.
+        (torch.float32, False, []),
+        (torch.float32, True, []),
+    ):
         served.clear()
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if four_bits:
+            quantize(model, FOUR_BITS)
         adapted = ssmtune.attach(model, ssmtune.make_plan(model, recipe="all+core"), fast="require").train()
         with torch.autocast("cpu", torch.bfloat16):
             adapted(**inputs(adapted, "plain"))
         assert served == expected
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_a_projection_beside_rewritten_layers_under_autocast(four_bits: bool) -> None:
+    """It is called by itself, by a layer that keeps the model's own forward, with inputs in fp32."""
+    model = tiny_model(("granite_hybrid", "moe"), dtype=torch.bfloat16)
+    if four_bits:
+        quantize(model, FOUR_BITS)
+    adapted = ssmtune.attach(model, ssmtune.make_plan(model, recipe="attention"), fast="off")
+    move(adapted.trained_parameters(), scale=0.3)
+    assert adapted.use_fast_layers().num_blocks == 0
+    projections = [m for m in adapted.modules() if _linear.ATTRIBUTE in vars(m)]
+    assert projections
+    for projection in projections:
+        x = torch.randn(2, 5, projection.in_features, generator=torch.Generator().manual_seed(4))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found, expected = projection(x), type(projection).forward(projection, x)
+        assert found.dtype == expected.dtype == torch.bfloat16
+        # The products with the weight, with A and with B, and their sum.
+        assert relative_rms(found, expected) <= 4 * BF16_ROUND_ONCE
 
 
 def test_factors_follow_what_is_written_to_them() -> None:
@@ -189,8 +288,9 @@ def test_factors_follow_what_is_written_to_them() -> None:
     assert relative_rms(after, own(**given).logits.detach()) <= LIMIT
 
 
-def test_rounded_copies_end_with_what_they_copy() -> None:
-    adapted = adapted_model(("granite_hybrid", "dense"), fast=True)
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_rounded_copies_end_with_what_they_copy(four_bits: bool) -> None:
+    adapted = adapted_model(("granite_hybrid", "dense"), fast=True, four_bits=four_bits)
     adapted(**inputs(adapted, "plain"))
     factors = [vars(m)[_linear.ATTRIBUTE] for m in adapted.modules() if _linear.ATTRIBUTE in vars(m)]
     assert factors

@@ -16,6 +16,8 @@ import ssmtune
 from ssmtune import graphs as graphs_module
 from ssmtune.graphs import EAGER_PASSES, MAX_SHAPES, Graphs, use_graphs
 from ssmtune.memory import keep_activations
+from ssmtune.quantize import quantize
+from ssmtune.quantized import QuantizeConfig
 
 Results = dict[str, torch.Tensor]
 FAMILIES = [
@@ -61,8 +63,12 @@ class TapeRecorder:
         return result, tape.replay
 
 
-def adapted_model(case: tuple[str, str] = FAMILIES[0], recipe: str = "all+core", **options: Any) -> Any:
+def adapted_model(
+    case: tuple[str, str] = FAMILIES[0], recipe: str = "all+core", four_bits: bool = False, **options: Any
+) -> Any:
     model = tiny_model(case)
+    if four_bits:
+        quantize(model, QuantizeConfig(components=("attention", "recurrent", "mlp")))
     adapted = ssmtune.attach(model, ssmtune.make_plan(model, recipe=recipe, **options), fast="off")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -119,15 +125,18 @@ def recorded(case: tuple[str, str] = FAMILIES[0]) -> tuple[Any, Graphs]:
     return adapted, graphs
 
 
-@pytest.mark.parametrize("case", FAMILIES, ids="-".join)
-def test_replayed_steps_equal_steps_that_run_as_always(case: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("case", "four_bits"), [*((case, False) for case in FAMILIES), (FAMILIES[0], True), (FAMILIES[1], True)]
+)
+def test_replayed_steps_equal_steps_that_run_as_always(case: tuple[str, str], four_bits: bool) -> None:
+    """Also where a base in 4 bits is unpacked within the recording, over and over in the same memory."""
     batches = [batch(number) for number in range(6)]
-    adapted = adapted_model(case)
+    adapted = adapted_model(case, four_bits=four_bits)
     graphs = use_graphs(adapted, recorder=TapeRecorder())
     found = take_steps(adapted, batches)
     assert graphs.refusal is None, graphs.refusal
     assert graphs.num_replayed == len(batches) - EAGER_PASSES
-    assert_equal(found, take_steps(adapted_model(case), batches))
+    assert_equal(found, take_steps(adapted_model(case, four_bits=four_bits), batches))
 
 
 def test_accumulated_gradients_are_sums() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from tolerances import OP_FP32, relative_rms
+from torch.multiprocessing.reductions import StorageWeakRef
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is built for Linux only")
 
@@ -20,7 +21,7 @@ from ssmtune.ops.linear_cross_entropy import triton as loss_kernels
 from ssmtune.ops.mamba2_chunk_scan import stages
 from ssmtune.ops.mamba2_conv_scan import cases as conv_scan_cases
 from ssmtune.ops.mamba2_mixer import cases as mixer_cases
-from ssmtune.ops.projection import LowRank, projection
+from ssmtune.ops.projection import LowRank, Packed, projection
 from ssmtune.ops.projection import before as projection_kernels
 from ssmtune.ops.projection import cases as projection_cases
 
@@ -219,3 +220,58 @@ def test_mixer_as_its_operations(label: str) -> None:
     if "frozen" in label:
         with pytest.raises(ConfigError, match="has no low-rank term"):
             mixer_cases.run({n: v.float() for n, v in MIXERS[label].inputs.items()}, residual, backend="triton")
+
+
+class Codes:
+    """Holds weights packed, and knows which of the values that they were unpacked to are still in memory."""
+
+    def __init__(self) -> None:
+        self.values: list[StorageWeakRef] = []
+
+    def __call__(self, weight: torch.Tensor) -> Packed:
+        def unpack() -> torch.Tensor:
+            values = weight.detach().clone()
+            self.values.append(StorageWeakRef(values.untyped_storage()))
+            return values
+
+        return Packed(unpack, tuple(weight.shape), weight.dtype)
+
+    def num_alive(self) -> int:
+        return sum(not values.expired() for values in self.values)
+
+
+PACKED = {
+    f"projection, {label}": (
+        lambda t, label=label, **options: projection_cases.run(t, KINDS.get(label, "none"), **options),
+        lambda t, label=label: projection_cases.truth(t, KINDS.get(label, "none")),
+        PROJECTIONS[label].inputs,
+    )
+    for label in ("alone", "adapted, with bias", "frozen, behind a norm, bias and residual")
+} | {
+    "gated_mlp": (mlp_cases.run, mlp_cases.truth, mlp_cases.cases()[0].inputs),
+    "mixer": (
+        lambda t, **options: mixer_cases.run(t, True, **options),
+        lambda t: mixer_cases.truth(t, True),
+        MIXERS["adapted, 1 step"].inputs,
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("label", PACKED)
+def test_packed_weights(label: str, backend: str) -> None:
+    """They give what the weights give; each is unpacked for a product at a time, and no values wait for the backward pass."""
+    function, truth, tensors = PACKED[label]
+    codes, unpacked_forward = Codes(), []
+
+    def run(t: Tensors) -> torch.Tensor:
+        output: torch.Tensor = function(t, hold=codes, backend=backend)
+        assert codes.num_alive() == 0
+        unpacked_forward.append(len(codes.values))
+        return output
+
+    check(run, truth, tensors)
+    num_weights = sum(name.endswith("weight") for name in tensors)
+    assert unpacked_forward == [num_weights]
+    assert len(codes.values) == 2 * num_weights
+    assert codes.num_alive() == 0

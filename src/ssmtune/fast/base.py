@@ -15,11 +15,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ssmtune.discovery import load_constant, module_names
-from ssmtune.fast._linear import ATTRIBUTE, Factors, factors_of, is_cast, module_forward, project, round_factors
+from ssmtune.fast._linear import (
+    ATTRIBUTE,
+    Factors,
+    factors_of,
+    is_cast,
+    is_plain,
+    module_forward,
+    project,
+    round_factors,
+)
 from ssmtune.fast._norm import is_rms_norm, norm_forward
 from ssmtune.packing import documents_of
 
@@ -158,9 +167,9 @@ def _refusal(block: Block, layer: nn.Module, sites: Sequence[Site]) -> str | Non
         if not is_core and site.container != "module":
             return f"method {site.method!r} on {site.role}"
     for name, module in layer.named_modules():
-        if isinstance(module, LoraLinear) and factors_of(module) is None:
+        if isinstance(module, LoraLayer) and factors_of(module) is None:
             return f"{name} carries something else than one plain LoRA"
-        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+        if isinstance(module, nn.Linear) and not is_plain(module):
             return f"{name} is a {type(module).__name__}"
     return block.refusal(layer)
 
@@ -169,7 +178,7 @@ def _layer_forward(layer: Any, block: Block) -> Callable[..., Any]:
     own: Callable[..., Any] = types.MethodType(type(layer).forward, layer)
     takes = list(inspect.signature(type(layer).forward).parameters)[1:]
     # Not the hidden states: a residual stream may be fp32 between layers in bf16.
-    weight = next(module.weight for module in layer.modules() if isinstance(module, nn.Linear))
+    linear = next(module for module in layer.modules() if isinstance(module, nn.Linear))
 
     def compute(hidden: torch.Tensor, inside: Inside) -> Any:
         # Everything inside is in the model's dtype already; each operation would switch autocast off by itself.
@@ -180,7 +189,7 @@ def _layer_forward(layer: Any, block: Block) -> Callable[..., Any]:
         """The rewritten layer for whole sequences; the layer's own forward beside a cache or padding."""
         given = {**dict(zip(takes, args, strict=False)), **kwargs}
         hidden = given.pop("hidden_states")
-        if given.get("past_key_values") is not None or given.get("cache_params") is not None or is_cast(weight):
+        if given.get("past_key_values") is not None or given.get("cache_params") is not None or is_cast(linear):
             return own(*args, **kwargs)
         seq_idx = given.get("seq_idx")
         for mask in (value for name, value in given.items() if name.endswith("attention_mask")):

@@ -10,7 +10,7 @@ import torch
 
 from ssmtune.ops.backend import Backend, choose
 from ssmtune.ops.gated_mlp import reference
-from ssmtune.ops.projection.spec import LowRank, Normed
+from ssmtune.ops.projection.spec import LowRank, Normed, Weight
 
 __all__ = ["gated_mlp"]
 
@@ -18,8 +18,8 @@ __all__ = ["gated_mlp"]
 def gated_mlp(
     x: torch.Tensor,
     norm: Normed,
-    in_weight_2KD: torch.Tensor,
-    out_weight_DK: torch.Tensor,
+    in_weight_2KD: Weight,
+    out_weight_DK: Weight,
     in_low_rank: LowRank | None = None,
     out_low_rank: LowRank | None = None,
     *,
@@ -50,8 +50,8 @@ MAX_RANK = 64
 def _refusal(
     x: torch.Tensor,
     norm: Normed,
-    in_weight: torch.Tensor,
-    out_weight: torch.Tensor,
+    in_weight: Weight,
+    out_weight: Weight,
     in_low_rank: LowRank | None,
     out_low_rank: LowRank | None,
 ) -> str | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ssmtune.ops.case import Case, Tensors, draw
 from ssmtune.ops.gated_mlp import gated_mlp
-from ssmtune.ops.projection.spec import LowRank, Normed
+from ssmtune.ops.projection.spec import LowRank, Normed, Weight
 
 EPS, IN_SCALE, OUT_SCALE, MULTIPLIER = 1e-5, 0.7, 1.3, 0.3
 WIDTH, INNER = 12, 21
@@ -38,13 +39,13 @@ def cases() -> list[Case]:
     ]
 
 
-def run(t: Tensors, **options: Any) -> torch.Tensor:
-    """The MLP on a case's tensors; the weights are frozen."""
+def run(t: Tensors, *, hold: Callable[[torch.Tensor], Weight] = torch.Tensor.detach, **options: Any) -> torch.Tensor:
+    """The MLP on a case's tensors; the weights are frozen, and held as `hold` returns them."""
     return gated_mlp(
         t["x"],
         Normed(t["norm"].detach(), EPS),
-        t["in_weight"].detach(),
-        t["out_weight"].detach(),
+        hold(t["in_weight"]),
+        hold(t["out_weight"]),
         LowRank(t["in_A"], t["in_B"], IN_SCALE) if "in_A" in t else None,
         LowRank(t["out_A"], t["out_B"], OUT_SCALE) if "out_A" in t else None,
         multiplier=MULTIPLIER,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from ssmtune.ops.projection import projection
-from ssmtune.ops.projection.spec import Activated, LowRank, Normed
+from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Weight
 
 
 def gated_mlp(
     x: torch.Tensor,
     norm: Normed,
-    in_weight_2KD: torch.Tensor,
-    out_weight_DK: torch.Tensor,
+    in_weight_2KD: Weight,
+    out_weight_DK: Weight,
     in_low_rank: LowRank | None,
     out_low_rank: LowRank | None,
     multiplier: float,

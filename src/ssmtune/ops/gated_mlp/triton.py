@@ -15,7 +15,7 @@ from ssmtune.ops.gated_mlp.kernels import gate_back_kernel, gate_kernel
 from ssmtune.ops.gated_rms_norm import triton as norms
 from ssmtune.ops.launch import launch
 from ssmtune.ops.precision import multiplies_exactly
-from ssmtune.ops.projection.spec import LowRank, Normed
+from ssmtune.ops.projection.spec import LowRank, Normed, Weight, dense
 from ssmtune.ops.projection.triton import add_low_rank, fp32_product, product, rank_block, rounded_factors
 
 FORWARD = {"BLOCK_T": 32, "BLOCK_K": 128, "STAGES": 1, "num_warps": 4}
@@ -29,8 +29,8 @@ MAX_SUMMED_RANK = 32
 def gated_mlp(
     x: torch.Tensor,
     norm: Normed,
-    in_weight_2KD: torch.Tensor,
-    out_weight_DK: torch.Tensor,
+    in_weight_2KD: Weight,
+    out_weight_DK: Weight,
     in_low_rank: LowRank | None,
     out_low_rank: LowRank | None,
     multiplier: float,
@@ -60,32 +60,33 @@ class _Mlp(torch.autograd.Function):
         eps, _, _, m = numbers
         flat = x.flatten(0, -2)
         p = norms.run_forward(flat, norm_weight, None, eps, norm_weight.shape[0])
-        wide, v = torch.mm(p, in_weight.t()), torch.mm(p, in_A.t())
+        wide, v = torch.mm(p, dense(in_weight).t()), torch.mm(p, in_A.t())
         value = torch.empty(flat.shape[0], out_weight.shape[1], dtype=x.dtype, device=x.device)
         grid, tiles_each = _grid(value, FORWARD, SHARES)
         launch(
             gate_kernel, grid, wide, v, in_B, value, flat.shape[0], tiles_each, value.shape[1], v.shape[1],
             EXACT=multiplies_exactly(value), RANK=rank_block(v), **FORWARD,
         )  # fmt: skip
-        y = product(value, out_weight.t(), m)
+        y = product(value, dense(out_weight).t(), m)
         out_v = torch.mm(value, out_A.t())
         add_low_rank(y, out_v, out_B.t(), m, flat)
-        ctx.save_for_backward(x, norm_weight, in_weight, out_weight, in_A, in_B, out_A, out_B, wide, v, out_v)
-        ctx.numbers = numbers
+        ctx.save_for_backward(x, norm_weight, in_A, in_B, out_A, out_B, wide, v, out_v)
+        ctx.weights, ctx.numbers = (in_weight, out_weight), numbers
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        x, norm_weight, in_weight, out_weight, in_A, in_B, out_A, out_B, wide, v, out_v = ctx.saved_tensors
+        x, norm_weight, in_A, in_B, out_A, out_B, wide, v, out_v = ctx.saved_tensors
+        in_weight, out_weight = ctx.weights
         eps, in_scale, out_scale, m = ctx.numbers
         flat = dy.reshape(-1, dy.shape[-1])
         out_dv = product(flat, out_B, m)
         d_out_B = fp32_product(flat.t(), out_v, m * out_scale)
-        dvalue = product(flat, out_weight, m)
+        dvalue = product(flat, dense(out_weight), m)
         dwide, dv, d_in_B, d_out_A = _through_gate(wide, v, in_B, dvalue, out_dv, out_A)
         d_in_B = d_in_B if in_scale == 1.0 else d_in_B.mul_(in_scale)
-        dp = torch.mm(dwide, in_weight)
+        dp = torch.mm(dwide, dense(in_weight))
         add_low_rank(dp, dv, in_A, 1.0)
         rows = x.reshape(-1, x.shape[-1])
         dx, _, _, p = norms.run_backward(dp, rows, norm_weight, None, eps, norm_weight.shape[0], again=True, added=flat)

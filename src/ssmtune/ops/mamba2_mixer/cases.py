@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from ssmtune.ops.case import Case, Tensors, draw, segments
 from ssmtune.ops.mamba2_conv_scan import cases as conv_scan
 from ssmtune.ops.mamba2_mixer import Adapted, Core, mamba2_mixer
-from ssmtune.ops.projection.spec import LowRank, Normed
+from ssmtune.ops.projection.spec import LowRank, Normed, Weight
 
 EPS, IN_SCALE, OUT_SCALE, MULTIPLIER = 1e-5, 0.7, 1.3, 0.3
 WIDTH, HEADS, GROUPS, STATE = 10, conv_scan.HEADS, conv_scan.GROUPS, conv_scan.STATE
@@ -62,15 +63,20 @@ def inputs(num_steps: int) -> Tensors:
     }
 
 
-def run(t: Tensors, residual: bool, **options: Any) -> torch.Tensor:
-    """The operation on a case's tensors."""
+def run(
+    t: Tensors, residual: bool, *, hold: Callable[[torch.Tensor], Weight] = torch.Tensor.detach, **options: Any
+) -> torch.Tensor:
+    """The operation on a case's tensors; the projections' weights are held as `hold` returns them."""
     t = t | {name: t[name].detach() for name in FROZEN}
     return mamba2_mixer(
         t["x"],
-        Adapted(Normed(t["norm"], EPS), t["in_weight"], None, _low_rank(t, "in", IN_SCALE)),
+        Adapted(Normed(t["norm"], EPS), hold(t["in_weight"]), None, _low_rank(t, "in", IN_SCALE)),
         Core(t["A_H"], t["D_H"], t["dt_bias_H"], t["conv_weight_CK"], t["conv_bias_C"], GROUPS, STATE),
         Adapted(
-            Normed(t["gated_norm"], GATED_EPS, None, NORM_GROUP), t["out_weight"], None, _low_rank(t, "out", OUT_SCALE)
+            Normed(t["gated_norm"], GATED_EPS, None, NORM_GROUP),
+            hold(t["out_weight"]),
+            None,
+            _low_rank(t, "out", OUT_SCALE),
         ),
         residual=residual,
         multiplier=MULTIPLIER,

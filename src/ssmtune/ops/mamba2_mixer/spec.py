@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ssmtune.ops.projection.spec import LowRank, Normed
+from ssmtune.ops.projection.spec import LowRank, Normed, Weight
 
 
 class Core(NamedTuple):
@@ -27,6 +27,6 @@ class Adapted(NamedTuple):
     """A frozen projection [O, I] with its bias and low-rank term, and the norm before it."""
 
     norm: Normed
-    weight_OI: torch.Tensor
+    weight_OI: Weight
     bias_O: torch.Tensor | None = None
     low_rank: LowRank | None = None

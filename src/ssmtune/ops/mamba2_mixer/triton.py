@@ -17,6 +17,7 @@ from ssmtune.ops.mamba2_conv_scan import reference as conv_scan
 from ssmtune.ops.mamba2_conv_scan.triton import conv_scan_backward, convolve
 from ssmtune.ops.mamba2_mixer.reference import split
 from ssmtune.ops.mamba2_mixer.spec import Adapted, Core
+from ssmtune.ops.projection.spec import dense
 from ssmtune.ops.projection.triton import add_low_rank, fp32_product, product, rounded_factors
 
 
@@ -60,7 +61,7 @@ class _Mixer(torch.autograd.Function):
         *_, (in_A, in_B), (out_A, out_B), inner, core, outer, residual, m, seq = given
         flat = x.flatten(0, -2)
         p = norms.run_forward(flat, inner.norm.weight_D, None, inner.norm.eps, flat.shape[1])
-        wide, v = torch.mm(p, inner.weight_OI.t()), torch.mm(p, in_A.t())
+        wide, v = torch.mm(p, dense(inner.weight_OI).t()), torch.mm(p, in_A.t())
         add_low_rank(wide, v, in_B.t(), 1.0)
         projected = wide.view(*x.shape[:-1], -1)
         gate, xBC, dt = split(projected, core)
@@ -71,7 +72,7 @@ class _Mixer(torch.autograd.Function):
         y = y.flatten(2)
         gated = norms.run_forward(y, outer.norm.weight_D, gate, outer.norm.eps, _group(outer)).flatten(0, -2)
         out_v = torch.mm(gated, out_A.t())
-        out = product(gated, outer.weight_OI.t(), m)
+        out = product(gated, dense(outer.weight_OI).t(), m)
         add_low_rank(out, out_v, out_B.t(), m, flat if residual else None)
         # The frozen weights are the model's own and outlive every pass; nobody writes to them in between.
         ctx.inner, ctx.core, ctx.outer = (_detached(part) for part in (inner, core, outer))
@@ -92,7 +93,7 @@ class _Mixer(torch.autograd.Function):
         flat = dout.reshape(-1, dout.shape[-1])
         out_dv = product(flat, out_B, m)
         d_out_B = fp32_product(flat.t(), out_v, m * outer.low_rank.scale)
-        dgated = product(flat, outer.weight_OI, m)
+        dgated = product(flat, dense(outer.weight_OI), m)
         add_low_rank(dgated, out_dv, out_A, 1.0)
         dy, _, _, gated = norms.run_backward(
             dgated.view(y.shape), y, outer.norm.weight_D, gate, outer.norm.eps, _group(outer), again=True, dgate=dgate
@@ -110,7 +111,7 @@ class _Mixer(torch.autograd.Function):
         d_in_B = fp32_product(wide.t(), v, inner.low_rank.scale)
         rows, eps, dx = x.flatten(0, -2), inner.norm.eps, None
         if ctx.needs_input_grad[0]:
-            dp = torch.mm(wide, inner.weight_OI)
+            dp = torch.mm(wide, dense(inner.weight_OI))
             add_low_rank(dp, dv, in_A, 1.0)
             added = flat if residual else None
             dx, _, _, p = norms.run_backward(

@@ -12,15 +12,15 @@ import torch
 from ssmtune.ops.backend import Backend, choose
 from ssmtune.ops.precision import outside_autocast
 from ssmtune.ops.projection import reference
-from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Prologue
+from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Packed, Prologue, Weight
 
-__all__ = ["Activated", "LowRank", "Normed", "projection"]
+__all__ = ["Activated", "LowRank", "Normed", "Packed", "Weight", "projection"]
 
 
 @outside_autocast
 def projection(
     x: torch.Tensor,
-    weight_OI: torch.Tensor,
+    weight_OI: Weight,
     bias_O: torch.Tensor | None = None,
     *,
     low_rank: LowRank | None = None,
@@ -31,9 +31,9 @@ def projection(
 ) -> torch.Tensor:
     """Return [..., O] in the dtype of `x`, which is [..., I], or [..., 2 I] where the prologue takes two halves.
 
-    `weight_OI` and `bias_O` are frozen: they get no gradient. Differentiable in `x`, in the tensors of `low_rank` and
-    `prologue` (but a norm's weight), and in `residual`. Products are in the dtype of `x`, to which the low-rank factors
-    are rounded, as under autocast.
+    `weight_OI` and `bias_O` are frozen: they get no gradient, and a `Packed` weight is unpacked for each product.
+    Differentiable in `x`, in the tensors of `low_rank` and `prologue` (but a norm's weight), and in `residual`.
+    Products are in the dtype of `x`, to which the low-rank factors are rounded, as under autocast.
     `backend`: `ops.backend` chooses. Raises `ConfigError` when "triton" is asked for and cannot run.
     """
     run = reference.projection
@@ -44,7 +44,7 @@ def projection(
     return run(x, weight_OI, bias_O, low_rank=low_rank, prologue=prologue, residual=residual, multiplier=multiplier)
 
 
-def _refusal(x: torch.Tensor, weight_OI: torch.Tensor, prologue: Prologue | None) -> str | None:
+def _refusal(x: torch.Tensor, weight_OI: Weight, prologue: Prologue | None) -> str | None:
     """Why the kernels cannot serve these inputs, or None."""
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"inputs are {str(x.dtype).removeprefix('torch.')}; the kernels take fp32 and bf16"

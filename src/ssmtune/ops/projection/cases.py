@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ssmtune.ops.case import Case, Tensors, draw
-from ssmtune.ops.projection import Activated, LowRank, Normed, projection
+from ssmtune.ops.projection import Activated, LowRank, Normed, Weight, projection
 
 EPS, SCALE, MULTIPLIER = 1e-5, 0.7, 0.3
 NUM_IN, NUM_OUT, RANK = 24, 17, 3
@@ -47,8 +48,10 @@ def cases() -> list[Case]:
     ]
 
 
-def run(t: Tensors, kind: str, **options: Any) -> torch.Tensor:
-    """The projection on a case's tensors; the weights are frozen."""
+def run(
+    t: Tensors, kind: str, *, hold: Callable[[torch.Tensor], Weight] = torch.Tensor.detach, **options: Any
+) -> torch.Tensor:
+    """The projection on a case's tensors; the weights are frozen, and held as `hold` returns them."""
     prologue: Normed | Activated | None = None
     if kind == "norm":
         prologue = Normed(t["norm"].detach(), EPS, t.get("second"), NUM_IN // 2 if "second" in t else None)
@@ -58,7 +61,7 @@ def run(t: Tensors, kind: str, **options: Any) -> torch.Tensor:
         prologue = Activated(kind, up=t.get("second"))
     return projection(
         t["x"],
-        t["weight"].detach(),
+        hold(t["weight"]),
         t["bias"].detach() if "bias" in t else None,
         low_rank=LowRank(t["A"], t["B"], SCALE) if "A" in t else None,
         prologue=prologue,

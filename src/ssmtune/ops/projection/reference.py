@@ -5,16 +5,19 @@ Source: Hu et al., "LoRA", ICLR 2022, section 4.1, for the low-rank term.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from ssmtune.ops.gated_rms_norm import gated_rms_norm
-from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Prologue
+from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Packed, Prologue, Weight, dense
 
 
 def projection(
     x: torch.Tensor,
-    weight_OI: torch.Tensor,
+    weight_OI: Weight,
     bias_O: torch.Tensor | None,
     *,
     low_rank: LowRank | None,
@@ -24,12 +27,29 @@ def projection(
 ) -> torch.Tensor:
     """Return residual + multiplier * (p W^T + bias + scale (p A^T) B^T), p the prologue of x."""
     p = prepared(x, prologue)
-    y = F.linear(p, weight_OI, bias_O)
+    if isinstance(weight_OI, Packed):
+        y: torch.Tensor = _PackedLinear.apply(p, weight_OI, bias_O)  # type: ignore[no-untyped-call]
+    else:
+        y = F.linear(p, weight_OI, bias_O)
     if low_rank is not None:
         dropped = F.dropout(p, low_rank.dropout)
         y = y + low_rank.scale * F.linear(F.linear(dropped, low_rank.A.to(p.dtype)), low_rank.B.to(p.dtype))
     y = y * multiplier
     return y if residual is None else residual + y
+
+
+class _PackedLinear(torch.autograd.Function):
+    """p W^T + bias, both frozen: autograd would keep the values of W, which are unpacked again instead."""
+
+    @staticmethod
+    def forward(ctx: Any, p: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.weight = weight
+        return F.linear(p, dense(weight).to(p.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        return dy @ dense(ctx.weight).to(dy.dtype), None, None
 
 
 def prepared(x: torch.Tensor, prologue: Prologue | None) -> torch.Tensor:

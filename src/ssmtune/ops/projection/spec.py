@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A frozen weight [O, I] that is held as codes: `unpack` returns its values in `dtype`, in new memory at each call.
+
+    They are there for one product at a time; what waits for the backward pass is this.
+    """
+
+    unpack: Callable[[], torch.Tensor]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: ClassVar[bool] = False
+
+
+Weight = torch.Tensor | Packed
+
+
+def dense(weight: Weight) -> torch.Tensor:
+    """Return the values of a frozen weight; called where they are multiplied, and not held."""
+    return weight.unpack() if isinstance(weight, Packed) else weight
 
 
 class LowRank(NamedTuple):

@@ -1,7 +1,7 @@
 """The adapted projection on NVIDIA GPUs: cuBLAS for the products, Triton for what lies before them.
 
 The low-rank term and the residual are added in one pass over the product; the low-rank input p A^T [..., r] is kept, the
-prologue's result p is not.
+prologue's result p is not, nor what a packed weight is unpacked to.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ssmtune.ops.launch import launch
 from ssmtune.ops.precision import multiplies_exactly
 from ssmtune.ops.projection.before import Spec, drop, prepare, prepare_back, through_dropout
 from ssmtune.ops.projection.kernels import add_low_rank_kernel
-from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Prologue
+from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Prologue, Weight, dense
 
 ADD_BLOCK = {"BLOCK_T": 32, "BLOCK_O": 128, "num_warps": 4}
 
 
 def projection(
     x: torch.Tensor,
-    weight_OI: torch.Tensor,
+    weight_OI: Weight,
     bias_O: torch.Tensor | None,
     *,
     low_rank: LowRank | None,
@@ -74,26 +74,27 @@ class _Projection(torch.autograd.Function):
         p = prepare(x, second, norm_weight, spec).flatten(0, -2)
         m = spec.multiplier
         if residual is not None and A is None:
-            y = torch.addmm(residual.reshape(-1, weight.shape[0]), p, weight.t(), alpha=m)
+            y = torch.addmm(residual.reshape(-1, weight.shape[0]), p, dense(weight).t(), alpha=m)
             y = y if bias is None else y.add_(bias, alpha=m)
         elif bias is not None:
-            y = torch.addmm(bias, p, weight.t(), alpha=m, beta=m)
+            y = torch.addmm(bias, p, dense(weight).t(), alpha=m, beta=m)
         else:
-            y = product(p, weight.t(), m)
+            y = product(p, dense(weight).t(), m)
         v = None
         if A is not None:
             v = torch.mm(drop(p, seed, spec.dropout), rounded_A.t())
             # With the residual, which the product could take too, but only from a copy.
             add_low_rank(y, v, rounded_B.t(), m, residual)
-        ctx.save_for_backward(x, second, norm_weight, weight, rounded_A, rounded_B, v, seed)
-        ctx.spec, ctx.lead = spec, x.shape[:-1]
+        ctx.save_for_backward(x, second, norm_weight, rounded_A, rounded_B, v, seed)
+        # The frozen weight is the model's own, outlives every pass, and nobody writes to it in between.
+        ctx.weight, ctx.spec, ctx.lead = weight, spec, x.shape[:-1]
         return y.view(*ctx.lead, weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        x, second, norm_weight, weight, A, B, v, seed = ctx.saved_tensors
-        spec: Spec = ctx.spec
+        x, second, norm_weight, A, B, v, seed = ctx.saved_tensors
+        weight, spec = ctx.weight, ctx.spec
         m = spec.multiplier
         flat = dy.reshape(-1, weight.shape[0])
         dA = dB = dv = None
@@ -103,7 +104,7 @@ class _Projection(torch.autograd.Function):
         needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dx = dsecond = p = None
         if needs_x:
-            dp = product(flat, weight, m)
+            dp = product(flat, dense(weight), m)
             if dv is not None:
                 _add_through_dropout(dp, dv, A, seed, spec)
             dx, dsecond, p = prepare_back(dp.view(*ctx.lead, -1), x, second, norm_weight, spec, again=A is not None)
@@ -122,7 +123,7 @@ def _add_through_dropout(dp: torch.Tensor, dv: torch.Tensor, A: torch.Tensor, se
 
 def rounded_factors(low_rank: LowRank, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A and scale * B in the products' dtype: rounded in advance where the caller did so, once for both passes."""
-    if low_rank.rounded is not None:
+    if low_rank.rounded is not None and low_rank.rounded[0].dtype == dtype:
         return low_rank.rounded
     return low_rank.A.detach().to(dtype), (low_rank.B.detach() * low_rank.scale).to(dtype)
 
