@@ -12,8 +12,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from ssmtune.ops.projection import LowRank, Packed, Weight, projection
-from ssmtune.ops.projection.spec import Prologue
+from ssmtune.ops.projection import LowRank, Packed, projection
+from ssmtune.ops.projection.spec import Prologue, Weight
 from ssmtune.quantized import dense, is_quantized, logical_dtype, logical_shape
 
 

@@ -14,7 +14,7 @@ from ssmtune.ops.precision import outside_autocast
 from ssmtune.ops.projection import reference
 from ssmtune.ops.projection.spec import Activated, LowRank, Normed, Packed, Prologue, Weight
 
-__all__ = ["Activated", "LowRank", "Normed", "Packed", "Weight", "projection"]
+__all__ = ["Activated", "LowRank", "Normed", "Packed", "projection"]
 
 
 @outside_autocast

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ssmtune.ops.case import Case, Tensors, draw
-from ssmtune.ops.projection import Activated, LowRank, Normed, Weight, projection
+from ssmtune.ops.projection import Activated, LowRank, Normed, projection
+from ssmtune.ops.projection.spec import Weight
 
 EPS, SCALE, MULTIPLIER = 1e-5, 0.7, 0.3
 NUM_IN, NUM_OUT, RANK = 24, 17, 3
