@@ -155,6 +155,23 @@ def test_no_values_of_4_bit_weights_wait_for_the_backward_pass(
     assert 2 * num_weights - 4 <= len(unpacked) < 2 * num_weights
 
 
+def test_a_base_that_is_cast_after_it_was_put_in_4_bits() -> None:
+    """Its codes stand for fp32, its activations are bf16: values are unpacked to what they are multiplied by."""
+    logits = {}
+    for fast, dtype in ((False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)):
+        adapted = adapted_model(("granite_hybrid", "dense"), fast=False, four_bits=True).to(dtype)
+        for parameter in adapted.trained_parameters().values():
+            parameter.data = parameter.data.float()
+        if fast:
+            assert not adapted.use_fast_layers().reasons
+        found = adapted(**inputs(adapted, "packed")).logits
+        found.float().sum().backward()
+        logits[fast, dtype] = found.detach().float()
+    exact = logits.pop((False, torch.float32))
+    own, found = (relative_rms(value, exact) for value in logits.values())
+    assert 0 < found <= 2 * own
+
+
 def test_what_is_not_served_in_4_bits_says_why() -> None:
     adapted = adapted_model(("granite_hybrid", "dense"), fast=True, recipe="dora", four_bits=True)
     assert "carries something else than one plain LoRA" in adapted.fast_block

@@ -180,13 +180,18 @@ def test_rounded_factors_are_what_they_round() -> None:
     """Factors that were rounded in advance give what the factors themselves give, gradients included."""
     t = PROJECTIONS["adapted, residual"].inputs
 
-    def run(t: Tensors, in_advance: bool) -> torch.Tensor:
-        rounded = (t["A"].detach(), 0.7 * t["B"].detach()) if in_advance else None
+    def run(t: Tensors, dtype: torch.dtype | None) -> torch.Tensor:
+        rounded = None if dtype is None else (t["A"].detach().to(dtype), (0.7 * t["B"].detach()).to(dtype))
         low_rank = LowRank(t["A"], t["B"], 0.7, rounded=rounded)
         return projection(t["x"], t["weight"].detach(), low_rank=low_rank, residual=t["residual"], backend="triton")
 
-    found, expected = (with_gradients(lambda t, a=a: run(t, a), t, torch.float32) for a in (True, False))  # type: ignore[misc]
+    # Those that were rounded to another dtype than that of the products are not used.
+    found, other, expected = (
+        with_gradients(lambda t, dtype=dtype: run(t, dtype), t, torch.float32)  # type: ignore[misc]
+        for dtype in (torch.float32, torch.bfloat16, None)
+    )
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(other[name], expected[name]) for name in expected)
 
 
 MIXERS = {case.label: case for case in mixer_cases.cases()}
