@@ -346,6 +346,8 @@ def test_time_goes_to_the_component_that_spends_it() -> None:
         ("leaving_kernel", "scan"),
         ("gradient_kernel", "convolution"),
         ("backward_kernel", "convolution"),
+        ("rolling_conv_kernel", "convolution"),
+        ("rolling_conv_back_kernel", "convolution"),
         ("void causal_conv1d_fwd_kernel<Causal_conv1d_fwd_kernel_traits<128, 4>>", "convolution"),
         ("norm_back_kernel", "norm"),
         ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<>", "attention"),

@@ -13,9 +13,10 @@ def cases() -> list[Case]:
     """Return the cases over sequences, and of one step."""
     generator = torch.Generator().manual_seed(1)
     found = []
-    for length in (3, 67):
+    for length, layout in ((3, ""), (67, ""), (67, "channels last, ")):
+        x = draw(generator, 2, 9, length)
         inputs = {
-            "x": draw(generator, 2, 9, length),
+            "x": x.transpose(1, 2).contiguous().transpose(1, 2) if layout else x,
             "weight": draw(generator, 9, 4),
             "bias": draw(generator, 9),
         }
@@ -28,7 +29,7 @@ def cases() -> list[Case]:
         found += [
             Case(
                 operation="causal_conv1d",
-                label=f"{label}, {length} steps",
+                label=f"{label}, {layout}{length} steps",
                 function=_run,
                 truth=_truth,
                 inputs={**inputs, **extra},

@@ -1,4 +1,4 @@
-"""Triton kernels of the depthwise causal convolution, without an initial window."""
+"""Triton kernels of the depthwise causal convolution by tiles, for any layout, without an initial window."""
 
 import triton
 import triton.language as tl

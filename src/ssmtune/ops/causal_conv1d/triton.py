@@ -13,8 +13,8 @@ import torch
 import triton
 from torch.autograd.function import once_differentiable
 
-from ssmtune.ops.causal_conv1d.kernels import backward_kernel, forward_kernel, gradient_kernel
 from ssmtune.ops.causal_conv1d.reference import check_window
+from ssmtune.ops.causal_conv1d.stages import empty_like, run_backward, run_forward, switches
 from ssmtune.ops.causal_conv1d.step_kernels import step_kernel
 from ssmtune.ops.causal_conv1d.window_kernels import window_back_kernel, window_kernel
 from ssmtune.ops.launch import launch
@@ -62,22 +62,6 @@ def causal_conv1d_update(
     return y
 
 
-def _launch(x: torch.Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Grid and block sizes; threads run along the dimension that is contiguous."""
-    block_t, block_c = (32, 64) if x.stride(1) == 1 else (128, 16)
-    batch, channels, steps = x.shape
-    blocks = {"BLOCK_T": block_t, "BLOCK_C": block_c, "num_warps": 4}
-    return (-(-steps // block_t), -(-channels // block_c), batch), blocks
-
-
-def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An empty tensor [B, C, T], dense, with the contiguous dimension of `x`."""
-    batch, channels, steps = x.shape
-    if x.stride(1) == 1:
-        return torch.empty(batch, steps, channels, dtype=dtype, device=x.device).transpose(1, 2)
-    return torch.empty(batch, channels, steps, dtype=dtype, device=x.device)
-
-
 def _padded(window: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:
     """The steps of padding in front of each row's first real one [B]; None without a window."""
     if window is None:
@@ -85,54 +69,6 @@ def _padded(window: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Ten
     if mask is None:
         return torch.zeros(window.shape[0], dtype=torch.int32, device=window.device)
     return (mask.cumsum(1) == 0).sum(1, dtype=torch.int32)
-
-
-def run_forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, silu: bool, seq: Any, mask: Any = None
-) -> torch.Tensor:
-    """Return the convolution from zeros, [B, C, T] with the contiguous dimension of `x`; no gradient is followed."""
-    y = _like(x, x.dtype)
-    grid, blocks = _launch(x)
-    launch(forward_kernel, grid,
-        x, weight, bias, seq, mask, y, x.shape[-1], x.shape[1], *x.stride(), *y.stride(), *weight.stride(),
-        **_switches(weight, bias, silu, seq, mask), **blocks,
-    )  # fmt: skip
-    return y
-
-
-def run_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    silu: bool,
-    seq: Any,
-    into: torch.Tensor,
-    mask: Any = None,
-    padded: torch.Tensor | None = None,
-    trains: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write the gradient of x `into` [B, C, T], any strides; return those of weight and bias, fp32, empty unless `trains`.
-
-    `padded` [B]: there is a window, whose share of the first steps is left to its own kernel.
-    """
-    grid, blocks = _launch(x)
-    batch, channels, steps = x.shape
-    taps = weight.shape[-1]
-    sums = (batch, grid[0], channels) if trains else (0,)
-    dweight = torch.empty(*sums, taps, dtype=torch.float32, device=x.device)
-    dbias = torch.empty(sums, dtype=torch.float32, device=x.device)
-    grad = _like(x, torch.float32)
-    launch(gradient_kernel, grid,
-        x, weight, bias, seq, mask, padded, dy, grad, steps, channels, *x.stride(), *dy.stride(), *grad.stride(),
-        *weight.stride(), HAS_WINDOW=padded is not None, **_switches(weight, bias, silu, seq, mask), **blocks,
-    )  # fmt: skip
-    launch(backward_kernel, grid,
-        x, weight, seq, mask, grad, into, dweight, dbias, steps, channels, *x.stride(), *grad.stride(), *into.stride(),
-        *weight.stride(), K=taps, HAS_SEQ=seq is not None, HAS_MASK=mask is not None, TRAINS=trains, **blocks,
-    )  # fmt: skip
-    return (dweight.sum((0, 1)), dbias.sum((0, 1))) if trains else (dweight, dbias)
 
 
 class _Convolution(torch.autograd.Function):
@@ -145,7 +81,7 @@ class _Convolution(torch.autograd.Function):
         if window is not None:
             launch(window_kernel, (-(-x.shape[1] // 32), x.shape[0]),
                 x, weight, bias, window, seq, mask, padded, y, x.shape[-1], x.shape[1], *x.stride(), *y.stride(),
-                *weight.stride(), *window.stride(), **_switches(weight, bias, silu, seq, mask), **_head(weight, 2),
+                *weight.stride(), *window.stride(), **switches(weight, bias, silu, seq, mask), **_head(weight, 2),
             )  # fmt: skip
         return y
 
@@ -155,7 +91,7 @@ class _Convolution(torch.autograd.Function):
         x, weight, bias, window, seq, mask, padded = ctx.saved_tensors
         batch, channels, steps = x.shape
         taps, trains = weight.shape[-1], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        dx, dwindow = _like(x, x.dtype), None
+        dx, dwindow = empty_like(x, x.dtype), None
         dweight, dbias = run_backward(
             dy, x, weight, bias, silu=ctx.silu, seq=seq, into=dx, mask=mask, padded=padded, trains=trains
         )
@@ -166,7 +102,7 @@ class _Convolution(torch.autograd.Function):
             launch(window_back_kernel, (-(-channels // 32), batch),
                 x, weight, bias, window, seq, mask, padded, dy, dx, dwindow, added, added_bias, steps, channels,
                 *x.stride(), *dy.stride(), *dx.stride(), *weight.stride(), *window.stride(),
-                **_switches(weight, bias, ctx.silu, seq, mask), **_head(weight, 3),
+                **switches(weight, bias, ctx.silu, seq, mask), **_head(weight, 3),
             )  # fmt: skip
             if trains:
                 dweight, dbias = dweight + added.sum(0), dbias + added_bias.sum(0)
@@ -179,17 +115,6 @@ class _Convolution(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _switches(weight: torch.Tensor, bias: Any, silu: bool, seq: Any, mask: Any) -> dict[str, Any]:
-    """What every kernel is told beside its tensors."""
-    return {
-        "K": weight.shape[-1],
-        "SILU": silu,
-        "HAS_BIAS": bias is not None,
-        "HAS_SEQ": seq is not None,
-        "HAS_MASK": mask is not None,
-    }
 
 
 def _head(weight: torch.Tensor, reaches: int) -> dict[str, int]:

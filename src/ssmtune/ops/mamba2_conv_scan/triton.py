@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ssmtune.ops.causal_conv1d import triton as convolution
+from ssmtune.ops.causal_conv1d import stages as convolution
 from ssmtune.ops.mamba2_chunk_scan.stages import shape_of
 from ssmtune.ops.mamba2_chunk_scan.triton import Inputs, Into, run_backward, run_forward
 from ssmtune.ops.mamba2_conv_scan.reference import split
