@@ -18,8 +18,8 @@ from ssmtune.ops.launch import launch
 ROLLING_TAPS = 4
 """The most taps whose windows fit in registers."""
 
-FORWARD = {"STEPS": 32, "AHEAD": 4, "BLOCK_C": 256, "num_warps": 2}
-BACKWARD = {"STEPS": 36, "AHEAD": 4, "BLOCK_C": 256, "num_warps": 2}
+FORWARD = {"STEPS": 16, "AHEAD": 4, "BLOCK_C": 256, "num_warps": 2}
+BACKWARD = {"STEPS": 36, "AHEAD": 4, "BLOCK_C": 256, "num_warps": 2, "maxnreg": 128}
 """Steps that a program of the rolling kernels walks over, a multiple of those that it loads ahead, and its channels."""
 
 

@@ -18,8 +18,8 @@ from ssmtune.ops.precision import multiplies_exactly
 from ssmtune.ops.projection.spec import LowRank, Normed, Weight, dense
 from ssmtune.ops.projection.triton import add_low_rank, fp32_product, product, rank_block, rounded_factors
 
-FORWARD = {"BLOCK_T": 32, "BLOCK_K": 128, "STAGES": 1, "num_warps": 4}
-BACK = {"BLOCK_T": 64, "BLOCK_K": 64, "STAGES": 1, "num_warps": 4}
+FORWARD = {"BLOCK_T": 16, "BLOCK_K": 128, "STAGES": 3, "num_warps": 4}
+BACK = {"BLOCK_T": 64, "BLOCK_K": 64, "STAGES": 2, "num_warps": 4}
 SHARES = 8
 """Of the rows, one program each: more would fill a GPU better and, backward, write more partial sums."""
 MAX_SUMMED_RANK = 32

@@ -49,13 +49,15 @@ def leaving_kernel(dy_ptr, C_ptr, step_ptr, decay_ptr, seq_ptr, final_grad_ptr, 
         weight, _, keep = edge_weights(step_ptr + chunk * L, decay_ptr + chunk * L, L)
         if HAS_SEQ:
             own = tl.load(seq_ptr + tl.minimum(t, num_steps - 1))
-            before = tl.load(seq_ptr + tl.maximum(chunk * L - 1, 0))
+            earlier = tl.load(seq_ptr + tl.minimum(tl.maximum(t - 1, 0), num_steps - 1))
+            before = tl.sum(tl.where(i == 0, earlier, 0))
             weight = tl.where(own == before, weight, 0.0)
             keep = tl.where(tl.sum(tl.where(i == L - 1, own, 0)) == before, keep, 0.0)
-        dy = load_block(dy_ptr, t, p, num_steps, P, dy_t, 1)
+        # As [P, L]: a block that is turned afterwards waits in registers, which Triton 3.6 does not let run ahead here.
+        dy = load_block(dy_ptr, p, t, P, num_steps, 1, dy_t)
         c = load_block(C_ptr, t, n, num_steps, N, C_t, 1)
         tl.store(grads_ptr + (line * num_chunks + chunk) * P * N + at, grad, mask=inside)
-        grad = grad * keep + multiply(tl.trans(dy.to(tl.float32) * weight[:, None]), c, EXACT)
+        grad = grad * keep + multiply(dy.to(tl.float32) * weight[None, :], c, EXACT)
     tl.store(initial_grad_ptr + line * P * N + at, grad, mask=inside)
 
 

@@ -17,7 +17,7 @@ from ssmtune.ops.precision import multiplies_exactly
 
 CHUNK = 64
 """Steps per chunk."""
-WALK = {"BLOCK_P": 32, "BLOCK_N": 128, "STAGES": 4, "num_warps": 8}
+WALK = {"BLOCK_P": 16, "BLOCK_N": 128, "STAGES": 4, "num_warps": 4}
 """Of the walks over chunks: at most so much of a head's state in one program, since heads alone do not fill a GPU."""
 LAUNCH = {"num_warps": 4, "num_stages": 1}
 """Loops over the state run once or twice: there is nothing to pipeline, and shared memory to save."""
