@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from ssmtune.attach import Fast
+
 R = TypeVar("R")
 
 PEER_METHODS = ("lora", "core")
@@ -62,8 +64,21 @@ def main(request_path: str) -> int:
     """Answer one request. Returns the exit status."""
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     config = decode(BenchConfig, request["config"], where="the benchmark's request")
-    write_json(request["answer"], measure(config, request["side"]))
+    side = request["side"]
+    write_json(request["answer"], exact_loss(config) if side == "exact" else measure(config, side))
     return 0
+
+
+def exact_loss(config: BenchConfig) -> dict[str, Any]:
+    """Return the first loss of the same weights and tokens in fp32, from the model's own layers on ssmtune's operations."""
+    torch.manual_seed(0)
+    model = base_model(config)
+    model.float()
+    plan = make_plan(model, named_recipe(config.recipe, rank=config.rank, alpha=2.0 * config.rank))
+    _, loss_of, _ = _prepare_ssmtune(model, plan, config, fast="off")
+    with torch.no_grad():
+        losses = [loss_of(batch) for batch in make_batches(config, "ssmtune", model.config.vocab_size)]
+    return {"first_loss": float(torch.stack(losses).sum())}
 
 
 def measure(config: BenchConfig, side: Side) -> dict[str, Any]:
@@ -155,13 +170,13 @@ Prepared = tuple[dict[str, "nn.Parameter"], Callable[[Batch], torch.Tensor], Cal
 """Trained parameters, the loss of a batch, and what says what ran; None where a watched step has to show it."""
 
 
-def _prepare_ssmtune(model: PreTrainedModel, plan: Plan, config: BenchConfig) -> Prepared:
+def _prepare_ssmtune(model: PreTrainedModel, plan: Plan, config: BenchConfig, fast: Fast = "auto") -> Prepared:
     """Trained parameters, the loss of a batch, and what runs the operations: as `ssmtune train` does it."""
     from ssmtune.attach import attach
     from ssmtune.graphs import use_graphs
     from ssmtune.head_loss import HeadLoss
 
-    adapted = attach(model, plan).train()
+    adapted = attach(model, plan, fast=fast).train()
     keep_activations(adapted, config.memory)
     head_loss = HeadLoss(adapted)
     graphs = use_graphs(adapted)

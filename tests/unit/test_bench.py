@@ -22,7 +22,7 @@ from ssmtune import bench as bench_module
 from ssmtune.bench import LOSS_LIMITS, BenchConfig, bench, compare_losses, speed_ratio, summarise
 from ssmtune.bench_batch import document_lengths, make_batches
 from ssmtune.bench_profile import called_operations, kernel_kind, profile_step
-from ssmtune.bench_side import measure
+from ssmtune.bench_side import base_model, exact_loss, measure
 from ssmtune.cli.main import main
 from ssmtune.config import decode
 from ssmtune.errors import CheckFailed, ConfigError
@@ -78,18 +78,57 @@ def test_other_losses_void_the_comparison() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "status"), [({}, {"done", "provisional"}), ({"loss": 5.0}, {"failed"}), ({"dead": ["x"]}, {"failed"})]
+    ("ours", "theirs", "exact", "ok"),
+    [
+        (4.0, 4.2, 4.001, True),
+        (4.2, 4.0, 4.001, False),
+        (3.9, 4.11, 4.0, True),
+        (4.11, 3.9, 4.0, False),
+        (4.0, 4.0, 9.0, True),
+    ],
+)
+def test_the_loss_in_fp32_tells_rounding_from_a_fault(ours: float, theirs: float, exact: float, ok: bool) -> None:
+    """Ours has to be near it, or no farther from it than the peer; sides that agree need no third opinion."""
+    shape = {"dtype": "bfloat16"}
+    runs = {"ssmtune": [run_of(1.0, loss=ours) | {"shape": shape}], "transformers+peft": [run_of(1.0, loss=theirs)]}
+    found = compare_losses(runs, exact)  # type: ignore[arg-type]
+    assert found["ok"] is ok
+    assert found["from_exact"]["ssmtune"] == pytest.approx(abs(ours - exact) / exact)
+
+
+@pytest.mark.parametrize(
+    ("facts", "exact", "status"),
+    [
+        ({}, {}, {"done", "provisional"}),
+        ({"loss": 5.0}, {"first_loss": 4.0}, {"failed"}),
+        ({"loss": 5.0}, {"first_loss": 5.0}, {"done", "provisional"}),
+        ({"loss": 5.0}, {"error": "out of memory"}, {"failed"}),
+        ({"dead": ["x"]}, {}, {"failed"}),
+    ],
 )
 def test_status_follows_parity_and_dead_tensors(
-    facts: dict[str, Any], status: set[str], monkeypatch: pytest.MonkeyPatch
+    facts: dict[str, Any], exact: dict[str, Any], status: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = {"ssmtune": run_of(1.0, **facts), "transformers+peft": run_of(2.0)}
+    answers = {"ssmtune": run_of(1.0, **facts), "transformers+peft": run_of(2.0), "exact": exact}
     monkeypatch.setattr(bench_module, "_run_side", lambda config, side: answers[side])
     config = BenchConfig(model="tiny-granite-h", repeats=2)
     record = bench(config, on_message=lambda _: None)
     assert record["status"] in status
     assert record["ratio"]["median"] == 2.0
     assert record["floor"] == {"step_s": 0.25, "share": 0.25}
+
+
+def test_the_exact_loss_is_that_of_the_model_in_fp32(tmp_path: Path) -> None:
+    config = micro_bench(tmp_path)
+    torch.manual_seed(0)
+    model = base_model(config)
+    batches = make_batches(config, "transformers+peft", model.config.vocab_size)
+    with torch.no_grad():
+        expected = sum(
+            float(model(input_ids=batch["input_ids"], labels=batch["labels"]).loss) * batch["share"]
+            for batch in batches
+        )
+    assert exact_loss(config)["first_loss"] == pytest.approx(expected, rel=LOSS_LIMITS["float32"])
 
 
 def test_the_command_names_the_operations_of_the_other_side(

@@ -115,6 +115,9 @@ def _print_tables(record: dict[str, Any]) -> None:
         tables().print(
             f"First losses {verdict}: relative difference {parity['difference']:.1e}, limit {parity['limit']:.0e}."
         )
+    if parity["from_exact"] is not None:
+        away = ", ".join(f"{side} by {apart:.1e}" for side, apart in parity["from_exact"].items())
+        tables().print(f"From the loss in fp32 they differ: {away}.")
     dead = record["sides"]["ssmtune"]["dead"]
     if dead:
         tables().print(f"DEAD: {len(dead)} trained tensors of ssmtune did not move, for example {dead[0]}.")

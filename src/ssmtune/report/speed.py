@@ -161,6 +161,9 @@ def _words(title: str, record: Record) -> Sequence[str]:
         lines.append(
             f"first losses {agree} (relative difference {parity['difference']:.1e}, limit {parity['limit']:.0e})"
         )
+    if parity.get("from_exact"):
+        away = ", ".join(f"{side} by {apart:.1e}" for side, apart in parity["from_exact"].items())
+        lines.append(f"from the loss in fp32 they differ: {away}")
     for name, side in record["sides"].items():
         if "error" in side:
             lines.append(f"{name} did not finish: {textwrap.shorten(side['error'], MAX_ERROR, placeholder=' ...')}")
