@@ -13,9 +13,10 @@ plain      the model's own layers on ssmtune's operations (`attach(fast="off")`)
 split      plain again, with each row's two halves as two rows that are accumulated
 mamba_ssm  plain with the convolution and the scan that transformers takes from causal_conv1d and mamba_ssm
 reference  plain with ssmtune's operations in plain PyTorch; slow, and its layers are computed again in the backward pass
+exact      plain with the same weights and everything else in fp32, autocast off; slow, and recomputed likewise
 repeat     fast a second time
 
-Two measures of noise, each with a rule that is in the record before an arm runs.
+Measures of noise, each with a rule that is in the record before an arm runs.
 
 Each half begins a new document, so that `split` computes what `plain` computes: only gradients are summed in two parts,
 each rounded by itself. Anybody takes the two for the same training, and they share every kernel of the forward pass bit
@@ -24,6 +25,8 @@ for bit, which any other set of kernels does not.
 `mamba_ssm` is the plain path as people train it elsewhere: two of the model's operations round at other places. It is
 kept off mamba_ssm's function for a whole layer, which reads a projection's weight past its adapter and would train
 something else. What `repeat` differs by is what the fast path does not repeat of itself.
+
+`exact` is what all others round: a path that is as near to it as the plain one trains as well, wherever it rounds.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ TOKENIZER = "tiny-granite-h"
 SEPARATOR = "\n<|doc|>\n"
 """Between the documents of a file of text."""
 
-Arm = Literal["plain", "split", "mamba_ssm", "reference", "fast", "repeat"]
+Arm = Literal["exact", "plain", "split", "mamba_ssm", "reference", "fast", "repeat"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 DEFAULT_ARMS: tuple[Arm, ...] = ("fast", "plain", "mamba_ssm", "split", "repeat")
 """In the order in which they run, should the time end."""
@@ -84,25 +87,34 @@ DEFAULT_ARMS: tuple[Arm, ...] = ("fast", "plain", "mamba_ssm", "split", "repeat"
 FAST_ARMS = ("fast", "repeat")
 
 
+SLOW_ARMS = ("exact", "reference")
+"""They keep nothing for the backward pass."""
+
+
 @dataclass(frozen=True)
 class Rule:
-    """Holds `fast` to what another run of the plain path differs by."""
+    """Holds `fast` to how far another run is from the run that both are compared with."""
 
     other: Arm
     factor: float
+    base: Arm = "plain"
 
     def describe(self, name: str) -> str:
         """The rule in words."""
-        noise = f"|{self.other} - plain|"
+        noise = f"|{self.other} - {self.base}|"
         return (
-            f"{name}: the mean of |fast - plain| over all steps is at most {self.factor:g} times that of {noise}, and the "
-            f"mean of fast - plain over the last quarter, with its sign, is at most the mean of {noise} there"
+            f"{name}: the mean of |fast - {self.base}| over all steps is at most {self.factor:g} times that of {noise}, and "
+            f"the mean of fast - {self.base} over the last quarter, with its sign, is at most the mean of {noise} there"
         )
 
 
-RULES = {"within noise": Rule("split", 3.0), "within the noise between kernels": Rule("mamba_ssm", 2.0)}
-"""Each fixed before a run of the arm that it names. The record of the first was there when the second was written; a curve
-of `mamba_ssm` was not.
+RULES = {
+    "within noise": Rule("split", 3.0),
+    "within the noise between kernels": Rule("mamba_ssm", 2.0),
+    "as near to fp32 as the plain path": Rule("plain", 1.25, base="exact"),
+}
+"""Each fixed before a run of the arm that it names. Records of the first were there when the second was written, and of
+both when the third was; a curve of the arm that a rule is about never was.
 
 One pair of runs is one draw of a noise that grows along the run, hence a factor; a path that trains worse is worse on
 the same side, hence the second half.
@@ -112,6 +124,9 @@ from plain and that of `mamba_ssm` would be two draws of one kind, and a factor 
 how much such draws scatter takes several sets of kernels to say, and there is one. It is below the first rule's since both
 distances share the plain run and are of one kind. The yardstick is short: `mamba_ssm` rounds elsewhere in convolution
 and scan only, `fast` in every layer. And it is blind to a bias below this noise.
+
+The third needs no such yardstick: plain and fast are each one draw around the same curve, and of two that round equally
+much either may be the nearer, hence the little above 1.
 """
 
 
@@ -259,6 +274,19 @@ def operations_of(arm: Arm) -> Iterator[None]:
             os.environ[SWITCH] = before
 
 
+@contextmanager
+def weights_of(arm: Arm, model: nn.Module) -> Iterator[None]:
+    """While the block runs, the model's weights are in fp32 for the arm that asks for it; the way there and back is exact."""
+    dtypes = [(p, p.dtype) for p in model.parameters()] if arm == "exact" else []
+    try:
+        for p, _ in dtypes:
+            p.data = p.data.float()
+        yield
+    finally:
+        for p, dtype in dtypes:
+            p.data = p.data.to(dtype)
+
+
 def run_arm(
     model: Any, plan: Plan, arm: Arm, setup: Setup, ids: np.ndarray, deadline: float, found: dict[str, Any]
 ) -> None:
@@ -276,9 +304,11 @@ def run_arm(
     torch.manual_seed(setup.seed)
     # By itself training rewrites nothing on a CPU.
     fast: Fast = "off" if not is_fast else "require" if setup.device == "cpu" else "auto"
-    memory: Memory = "small" if arm == "reference" else setup.memory
+    memory: Memory = "small" if arm in SLOW_ARMS else setup.memory
     adapted = attach(model, plan, fast=fast)
-    found |= {"memory": memory, "base_digest": adapted.base_digest}
+    found["memory"] = memory
+    if arm != "exact":
+        found["base_digest"] = adapted.base_digest
     tokenizer = load_tokenizer(TOKENIZER)
     with tempfile.TemporaryDirectory() as directory:
         settings = TrainConfig(
@@ -362,10 +392,11 @@ def compare(curves: dict[str, list[float]]) -> dict[str, Any] | None:
     pairs = {f"{two} - {one}": apart(curves[two], curves[one]) for one, two in itertools.combinations(curves, 2)}
     verdicts = {}
     for name, rule in RULES.items():
-        if not {"fast", "plain", rule.other} <= set(curves):
+        needed: tuple[Arm, ...] = ("fast", rule.base, rule.other)
+        if not set(needed) <= set(curves):
             continue
-        num = min(len(curves[arm]) for arm in ("fast", "plain", rule.other))
-        fast, noise = (apart(curves[arm][:num], curves["plain"][:num]) for arm in ("fast", rule.other))
+        num = min(len(curves[arm]) for arm in needed)
+        fast, noise = (apart(curves[arm][:num], curves[rule.base][:num]) for arm in ("fast", rule.other))
         is_small = fast["mean"] <= rule.factor * noise["mean"]
         is_unbiased = abs(fast["last_quarter"]) <= noise["last_quarter_mean"]
         verdicts[name] = {"rule": rule.describe(name), "num_steps": num, "holds": is_small and is_unbiased}
@@ -406,7 +437,9 @@ def merge(paths: Sequence[Path], out: Path) -> dict[str, Any]:
 def _with_arms_of(one: dict[str, Any], two: dict[str, Any], path: Path) -> dict[str, Any]:
     """The first record with the arms of the second, which is at `path`."""
     first, second = _identity(one), _identity(two)
-    differing = [name for name in first if first[name] != second[name]]
+    # A record of `exact` alone has no digest of the weights as they are.
+    unknown = {"weights"} if not (first["weights"] and second["weights"]) else set()
+    differing = [name for name in first if first[name] != second[name] and name not in unknown]
     if differing:
         found = "; ".join(f"{name} is {second[name]!r} there and {first[name]!r} before" for name in differing)
         raise RecordError(f"{path}: was not run as the records before it: {found}. Run its arms anew.")
@@ -416,7 +449,7 @@ def _with_arms_of(one: dict[str, Any], two: dict[str, Any], path: Path) -> dict[
             raise RecordError(f"{path}: holds {arm!r}, which a record before it holds as well. Merge only one of them.")
         if arm not in arms or len(arms[arm]["losses"]) < len(facts["losses"]):
             arms[arm] = facts
-    devices = " and ".join(dict.fromkeys(record["environment"]["device"] for record in (one, two)))
+    devices = " and ".join(dict.fromkeys(facts["device"] for facts in arms.values()))
     return {
         **one,
         "created": max(one["created"], two["created"]),
@@ -477,7 +510,7 @@ def run(setup: Setup, tokens: Path, out: Path, seconds: float, arms: Sequence[Ar
                     torch.cuda.reset_peak_memory_stats()
                 found = record["arms"][arm] = {"losses": [], "device": record["environment"]["device"]}
                 try:
-                    with operations_of(arm):
+                    with operations_of(arm), weights_of(arm, model):
                         run_arm(model, plan, arm, setup, ids, started + seconds, found)
                 except (MissingDependency, torch.OutOfMemoryError) as error:
                     found["refused"] = str(error).partition("\n")[0]

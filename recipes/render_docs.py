@@ -260,31 +260,36 @@ def operation_records() -> list[dict[str, Any]]:
     return [record for record in records if record["config"]["benchmark"] == "operations"]
 
 
+def newest_operations(part: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """What the newest record that measured it says of each operation: the record and its entry, by name."""
+    records = sorted(operation_records(), key=lambda record: str(record["created"]))
+    return {name: (record, entry) for record in records for name, entry in record[part].items()}
+
+
 def bench_operations() -> str:
     """Time and memory of the kernels beside the reference."""
     rows = []
-    for record in operation_records():
-        for operation, sides in record["timings"].items():
-            for backend, entry in sides.items():
-                both = "" if entry["both_ms"] is None else f"{entry['both_ms']:.2f} ms"
-                memory = f"{entry['memory_bytes'] / 2**20:,.0f} MiB"
-                device = record["environment"]["device"]
-                rows.append([f"`{operation}`", backend, device, f"{entry['forward_ms']:.2f} ms", both, memory])
+    for operation, (record, sides) in newest_operations("timings").items():
+        for backend, entry in sides.items():
+            both = "" if entry["both_ms"] is None else f"{entry['both_ms']:.2f} ms"
+            memory = f"{entry['memory_bytes'] / 2**20:,.0f} MiB"
+            device = record["environment"]["device"]
+            rows.append([f"`{operation}`", backend, device, f"{entry['forward_ms']:.2f} ms", both, memory])
     return table(["operation", "backend", "device", "forward", "forward and backward", "memory"], rows)
 
 
 def bench_parity() -> str:
     """The tensor of each operation and precision whose error is furthest beyond the reference's."""
     rows = []
-    for record in operation_records():
-        for group in dict.fromkeys(name.rpartition("/")[0] for name in record["parity"]):
-            if group.startswith("mamba_ssm"):
-                continue
-            entries = [e for name, e in record["parity"].items() if name.startswith(group + "/")]
-            worst = max(entries, key=lambda e: e["excess"])
-            num = sum(e["cases"] for e in entries)
-            errors = [f"{worst[key]:.1e}" for key in ("error", "reference", "allowed")]
-            rows.append([group, str(num), worst["tensor"], *errors, worst["where"]])
+    found = {name: entry for name, (_, entry) in newest_operations("parity").items()}
+    for group in dict.fromkeys(name.rpartition("/")[0] for name in found):
+        if group.startswith("mamba_ssm"):
+            continue
+        entries = [e for name, e in found.items() if name.startswith(group + "/")]
+        worst = max(entries, key=lambda e: e["excess"])
+        num = sum(e["cases"] for e in entries)
+        errors = [f"{worst[key]:.1e}" for key in ("error", "reference", "allowed")]
+        rows.append([group, str(num), worst["tensor"], *errors, worst["where"]])
     headings = ["operation", "cases", "worst tensor", "relative error", "the reference's", "allowed beyond it", "where"]
     return table(headings, rows)
 
@@ -293,8 +298,7 @@ def bench_scan_beside() -> str:
     """The largest error of mamba_ssm's scan and of ours on the same inputs."""
     rows = [
         [name.split("/")[1], name.split("/")[2], f"{entry['ours']:.1e}", f"{entry['error']:.1e}"]
-        for record in operation_records()
-        for name, entry in record["parity"].items()
+        for name, (_, entry) in newest_operations("parity").items()
         if name.startswith("mamba_ssm")
     ]
     return table(["precision", "batch, steps, heads, width, groups, state", "ours", "mamba_ssm"], rows)

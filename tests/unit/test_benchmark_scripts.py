@@ -242,21 +242,26 @@ def test_rows_of_the_curve_are_the_text_cut_at_documents_and_halves(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "other", "factor"), [("within noise", "split", 3), ("within the noise between kernels", "mamba_ssm", 2)]
+    ("name", "other", "factor", "base"),
+    [
+        ("within noise", "split", 3, "plain"),
+        ("within the noise between kernels", "mamba_ssm", 2, "plain"),
+        ("as near to fp32 as the plain path", "plain", 1.25, "exact"),
+    ],
 )
-def test_the_verdict_is_the_rule(name: str, other: str, factor: float) -> None:
+def test_the_verdict_is_the_rule(name: str, other: str, factor: float, base: str) -> None:
     noise = [0.1 * (-1) ** step for step in range(16)]
-    plain = [5.0 - 0.1 * step for step in range(16)]
+    center = [5.0 - 0.1 * step for step in range(16)]
 
     def verdict(gap: list[float]) -> bool:
         curves = {
-            "plain": plain,
-            "fast": [p + g for p, g in zip(plain, gap, strict=True)],
-            other: [p + n for p, n in zip(plain, noise, strict=True)],
+            base: center,
+            "fast": [p + g for p, g in zip(center, gap, strict=True)],
+            other: [p + n for p, n in zip(center, noise, strict=True)],
         }
         # The arm that the other rule names did not run.
         (found,) = CURVE.compare(curves)["verdicts"].items()
-        assert found[0] == name and f"at most {factor} times that of |{other} - plain|" in found[1]["rule"]
+        assert found[0] == name and f"at most {factor} times that of |{other} - {base}|" in found[1]["rule"]
         holds: bool = found[1]["holds"]
         return holds
 
@@ -265,10 +270,10 @@ def test_the_verdict_is_the_rule(name: str, other: str, factor: float) -> None:
     # As small as the noise in size, but always on one side at the end.
     assert not verdict([0.11] * 16) and not verdict([-0.11] * 16) and verdict([0.09] * 16)
     # A run that was stopped early counts over the steps that it made, and one of three steps not at all.
-    curves = {"plain": plain, "fast": [*plain[:8], *[9.0] * 8], other: [p + 0.1 for p in plain[:8]]}
+    curves = {base: center, "fast": [*center[:8], *[9.0] * 8], other: [p + 0.1 for p in center[:8]]}
     assert CURVE.compare(curves)["verdicts"][name] | {"rule": ""} == {"rule": "", "num_steps": 8, "holds": True}
-    assert CURVE.compare({**curves, other: plain[:3]})["verdicts"] == {}
-    assert CURVE.compare({"plain": plain}) is None
+    assert CURVE.compare({**curves, other: center[:3]})["verdicts"] == {}
+    assert CURVE.compare({base: center}) is None
 
 
 def test_each_two_runs_are_apart_by_their_losses() -> None:
@@ -300,6 +305,22 @@ def curve_setup(micro: str, tmp_path: Path) -> tuple[Any, Path]:
     ids = np.random.default_rng(0).integers(1, 97, 5 * 64).astype(np.uint16)
     np.save(tmp_path / "ids.npy", ids, allow_pickle=False)
     return CURVE.Setup(model=micro, device="cpu", rank=2, num_steps=5, row_length=64), tmp_path / "ids.npy"
+
+
+def test_the_exact_arm_trains_the_same_weights_in_fp32(curve_setup: tuple[Any, Path], tmp_path: Path) -> None:
+    setup, ids = curve_setup
+    record = CURVE.run(setup, ids, tmp_path / "e.json", float("inf"), ("exact", "plain"))
+    exact, plain = (record["arms"][arm] for arm in ("exact", "plain"))
+    # A model on a CPU is in fp32 anyway.
+    assert exact["losses"] == plain["losses"] and exact["memory"] == "small" and "base_digest" not in exact
+    layer = torch.nn.Linear(3, 2).bfloat16()
+    before = layer.weight.detach().clone()
+    with CURVE.weights_of("plain", layer):
+        assert layer.weight.dtype == torch.bfloat16
+    with CURVE.weights_of("exact", layer):
+        assert layer.weight.dtype == layer.bias.dtype == torch.float32
+        assert torch.equal(layer.weight.detach(), before.float())
+    assert layer.weight.dtype == torch.bfloat16 and torch.equal(layer.weight.detach(), before)
 
 
 def test_both_paths_learn_alike_and_a_broken_one_does_not(
@@ -414,6 +435,8 @@ def test_the_reference_is_asked_for_its_arm_alone(
 def test_records_of_several_processes_become_one(tmp_path: Path) -> None:
     def write(name: str, device: str, arms: dict[str, list[float]], **differing: Any) -> Path:
         facts = {arm: {"losses": curve, "device": device, "base_digest": "d"} for arm, curve in arms.items()}
+        # Its weights are in fp32 and have no digest that the others' could be compared with.
+        facts.get("exact", {}).pop("base_digest", None)
         config = {"benchmark": "loss-curve", "num_steps": 4, "tokens": "t", **differing}
         record = CURVE.new_record("benchmark", config=config, status="done", arms=facts, comparison=None, seconds=1.0)
         record["environment"] |= {"device": device, "dirty": False}
@@ -424,16 +447,18 @@ def test_records_of_several_processes_become_one(tmp_path: Path) -> None:
     curve = [4.0, 3.0, 2.0, 1.0]
     one = write("one.json", "GPU A", {"fast": curve, "plain": curve, "split": curve[:2]})
     two = write("two.json", "GPU B", {"mamba_ssm": curve, "split": curve})
-    merged = CURVE.merge([one, two], tmp_path / "whole.json")
+    three = write("three.json", "GPU B", {"exact": curve})
+    merged = CURVE.merge([one, two, three], tmp_path / "whole.json")
     assert json.loads((tmp_path / "whole.json").read_text()) == merged
     assert {arm: (len(found["losses"]), found["device"]) for arm, found in merged["arms"].items()} == {
         "fast": (4, "GPU A"),
         "plain": (4, "GPU A"),
         "split": (4, "GPU B"),
         "mamba_ssm": (4, "GPU B"),
+        "exact": (4, "GPU B"),
     }
     assert merged["status"] == "done" and merged["environment"]["device"] == "GPU A and GPU B"
-    assert set(merged["comparison"]["verdicts"]) == set(CURVE.RULES) and merged["seconds"] == 2.0
+    assert set(merged["comparison"]["verdicts"]) == set(CURVE.RULES) and merged["seconds"] == 3.0
     assert CURVE.merge([one], tmp_path / "part.json")["status"] == "aborted"
     with pytest.raises(RecordError, match="holds 'plain', which a record before it holds"):
         CURVE.merge([one, write("plain.json", "GPU B", {"plain": curve})], tmp_path / "no.json")

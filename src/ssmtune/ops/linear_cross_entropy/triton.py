@@ -14,6 +14,8 @@ LOGITS_BYTES = 256 * 2**20
 """What one share's logits may take: large enough to fill the GPU, small beside a model."""
 
 BLOCK = {"BLOCK": 4096, "num_warps": 8}
+ROW = 8
+"""A row of logits takes a multiple of so many elements."""
 
 
 def linear_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -30,9 +32,13 @@ class _Loss(torch.autograd.Function):
         losses = torch.empty(num, dtype=torch.float32, device=hidden.device)
         grad = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if back else None
         share = max(1, LOGITS_BYTES // (vocab * hidden.element_size()))
+        # Rows that begin at whole 16 bytes: on others, as with an odd vocabulary, cuBLAS falls back to its slowest kernels.
+        row = -(-vocab // ROW) * ROW
+        memory = torch.empty(min(share, num), row, dtype=hidden.dtype, device=hidden.device)
         for first in range(0, num, share):
             some = slice(first, first + share)
-            logits = torch.mm(hidden[some], weight.t())
+            logits = memory[: num - first, :vocab]
+            torch.mm(hidden[some], weight.t(), out=logits)
             launch(
                 loss_kernel,
                 (logits.shape[0],),
