@@ -6,15 +6,23 @@ earlier one's goes straight to the kernel that was compiled then.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+from triton.compiler.compiler import max_shared_mem
 from triton.runtime.jit import JITFunction
 
 MAX_INT32 = 2**31 - 1
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 """Kernel, device, options and kinds of arguments -> what Triton compiled for them."""
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that one program may take: 227 KiB on an H100, 99 on most others, 0 on a CPU."""
+    return int(max_shared_mem(device.index)) if device.type == "cuda" else 0
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

@@ -20,6 +20,8 @@ from ssmtune.ops.projection.triton import add_low_rank, fp32_product, product, r
 
 FORWARD = {"BLOCK_T": 16, "BLOCK_K": 128, "STAGES": 3, "num_warps": 4}
 BACK = {"BLOCK_T": 64, "BLOCK_K": 64, "STAGES": 2, "num_warps": 4}
+"""Measured on an H200. In fp32, or with more than `MAX_SUMMED_RANK`, blocks do not fit into shared memory several times,
+and nothing is loaded ahead."""
 SHARES = 8
 """Of the rows, one program each: more would fill a GPU better and, backward, write more partial sums."""
 MAX_SUMMED_RANK = 32
@@ -65,7 +67,7 @@ class _Mlp(torch.autograd.Function):
         grid, tiles_each = _grid(value, FORWARD, SHARES)
         launch(
             gate_kernel, grid, wide, v, in_B, value, flat.shape[0], tiles_each, value.shape[1], v.shape[1],
-            EXACT=multiplies_exactly(value), RANK=rank_block(v), **FORWARD,
+            EXACT=multiplies_exactly(value), RANK=rank_block(v), **_ahead(FORWARD, value, v.shape[1]),
         )  # fmt: skip
         y = product(value, dense(out_weight).t(), m)
         out_v = torch.mm(value, out_A.t())
@@ -111,12 +113,17 @@ def _through_gate(
     launch(
         gate_back_kernel, (blocks, shares), wide, v, in_B, dvalue, out_dv, out_A, dwide, value, v_grad, dA, dB, rows,
         tiles_each, width, rank, out_rank, SUMS=sums, EXACT=multiplies_exactly(wide), RANK=rank_block(v),
-        OUT_RANK=rank_block(out_dv), **BACK,
+        OUT_RANK=rank_block(out_dv), **_ahead(BACK, wide, max(rank, out_rank)),
     )  # fmt: skip
     if value is not None:
         return dwide, torch.mm(dwide, in_B), fp32_product(dwide.t(), v, 1.0), fp32_product(out_dv.t(), value, 1.0)
     assert v_grad is not None and dA is not None and dB is not None
     return dwide, v_grad.sum(0).to(wide.dtype), dB.sum(0), dA.sum(0)
+
+
+def _ahead(blocks: dict[str, int], activations: torch.Tensor, rank: int) -> dict[str, int]:
+    """The settings for these activations and this rank."""
+    return blocks if not multiplies_exactly(activations) and rank <= MAX_SUMMED_RANK else blocks | {"STAGES": 1}
 
 
 def _grid(value: torch.Tensor, blocks: dict[str, int], shares: int) -> tuple[tuple[int, int], int]:

@@ -19,6 +19,8 @@ CHUNK = 64
 """Steps per chunk."""
 WALK = {"BLOCK_P": 16, "BLOCK_N": 128, "STAGES": 4, "num_warps": 4}
 """Of the walks over chunks: at most so much of a head's state in one program, since heads alone do not fill a GPU."""
+AHEAD_BYTES = 70_000
+"""Shared memory of a program that loads the next two heads' blocks ahead, 64 wide; in fp32 they do not fit at all."""
 LAUNCH = {"num_warps": 4, "num_stages": 1}
 """Loops over the state run once or twice: there is nothing to pipeline, and shared memory to save."""
 
@@ -62,9 +64,10 @@ class Shape:
         """Programs along the state."""
         return -(-self.state // self.block_n)
 
-    def over_heads(self) -> dict[str, int]:
-        """Launch options of the kernels that loop over the heads of a group; in fp32 there is no shared memory left."""
-        return {"num_warps": 4, "num_stages": 1 if self.exact else 3}
+    def over_heads(self, memory: int) -> dict[str, int]:
+        """Launch options of the kernels that loop over a group's heads; `memory` is what a program may share, in bytes."""
+        fits = not self.exact and memory >= (AHEAD_BYTES if self.block_p <= 64 else 2 * AHEAD_BYTES)
+        return {"num_warps": 4, "num_stages": 3 if fits else 1}
 
     def walk(self) -> tuple[tuple[int, int, int], dict[str, Any]]:
         """Grid and options of the kernels that walk over chunks."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ssmtune.ops.launch import launch
+from ssmtune.ops.launch import launch, shared_memory
 from ssmtune.ops.mamba2_chunk_scan import stages
 from ssmtune.ops.mamba2_chunk_scan.backward_kernels import (
     inputs_kernel,
@@ -135,12 +135,13 @@ def run_backward(
         s.state, *t.x.stride()[:3], *dy.stride()[:3], *t.B.stride()[:3], *into.dx.stride()[:3], HAS_D=t.D is not None,
         HAS_SEQ=has_seq, **s.blocks(), **LAUNCH,
     )  # fmt: skip
+    ahead = s.over_heads(shared_memory(t.x.device))
     scores_grad = fp32(SPLITS, s.batch, s.chunks, s.groups, stages.CHUNK, stages.CHUNK)
     between = torch.empty_like(direct)
     products = {key: value for key, value in s.blocks().items() if key != "BLOCK_N"}
     launch(scores_back_kernel, by_group + (SPLITS,),
         t.x, dy, scores, step, decay, t.seq, scores_grad, between, s.steps, s.heads, per_group, s.width,
-        *t.x.stride()[:3], *dy.stride()[:3], SPLITS=SPLITS, HAS_SEQ=has_seq, **products, **s.over_heads(),
+        *t.x.stride()[:3], *dy.stride()[:3], SPLITS=SPLITS, HAS_SEQ=has_seq, **products, **ahead,
     )  # fmt: skip
 
     part_B, part_C = (fp32(SPLITS, s.batch, length, s.groups, s.state) for _ in range(2))
@@ -149,7 +150,7 @@ def run_backward(
     launch(through_states_kernel, by_group + (SPLITS * s.blocks_n,),
         t.x, dy, t.B, t.C, states, grads, step, decay, t.seq, part_B, part_C, after, before, through, s.steps, s.heads,
         per_group, s.width, s.state, *t.x.stride()[:3], *dy.stride()[:3], *t.B.stride()[:3], *t.C.stride()[:3],
-        SPLITS=SPLITS, HAS_SEQ=has_seq, **s.blocks(), **s.over_heads(),
+        SPLITS=SPLITS, HAS_SEQ=has_seq, **s.blocks(), **ahead,
     )  # fmt: skip
     launch(readouts_kernel, by_group + (s.blocks_n,),
         scores_grad, part_B, part_C, t.B, t.C, into.dB, into.dC, s.steps, s.groups, s.state, *t.B.stride()[:3],
