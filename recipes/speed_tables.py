@@ -177,6 +177,7 @@ def curve() -> str:
     parts = []
     for name, record in records(lambda r: r["config"].get("benchmark") == "loss-curve").items():
         config, num = record["config"], record["config"]["num_steps"]
+        shown = [round(part * (num - 1) / 4) for part in range(5)]
         rows, without = [], []
         for arm, facts in record["arms"].items():
             losses = facts["losses"]
@@ -184,18 +185,19 @@ def curve() -> str:
                 without.append(f"Without {arm}: {facts['refused']}")
             if not losses:
                 continue
-            marks = [f"{losses[round(part * (len(losses) - 1) / 4)]:.4f}" for part in range(5)]
+            marks = [f"{losses[step]:.4f}" if step < len(losses) else "" for step in shown]
             seconds = facts["seconds"]["train"]
             speed = len(losses) * config["row_length"] / seconds
-            rows.append([arm, _ran_on(facts), *marks, f"{speed:,.0f}", f"{seconds:.0f} s"])
-        at = [f"step {round(part * (num - 1) / 4) + 1}" for part in range(5)]
+            rows.append([arm, str(facts["operations"]), *marks, f"{speed:,.0f}", f"{seconds:.0f} s"])
+        at = [f"step {step + 1}" for step in shown]
         words = [
             f"[{_model(record)}](../records/bench/{name}.json), {num} steps of 1 x {config['row_length']:,} tokens of text, "
             f"{record['environment']['device']}."
         ]
         if record["status"] == "aborted":
             words.append("Stopped before all steps were made.")
-        gaps, verdicts = _gaps(record["comparison"])
+        found = record["comparison"] or {"pairs": {}, "verdicts": {}}
+        gaps, verdicts = found["pairs"], found["verdicts"]
         for verdict, found in verdicts.items():
             words.append(f"Over {found['num_steps']} steps fast is **{'' if found['holds'] else 'not '}{verdict}**.")
         rules = "\n".join(f"- {found['rule'][0].upper()}{found['rule'][1:]}." for found in verdicts.values())
@@ -206,22 +208,6 @@ def curve() -> str:
         apart = _table(["losses apart", "steps", *columns], cells) if cells else ""
         parts += [" ".join([*words, *without]), rules, runs, apart]
     return "\n\n".join(part for part in parts if part) or NO_RECORD
-
-
-def _ran_on(facts: Record) -> str:
-    """What an arm of a curve ran on; the first record named the operations of rewritten layers only."""
-    return "ssmtune's operations" if facts["operations"] == "off" else str(facts["operations"])
-
-
-def _gaps(found: Record | None) -> tuple[Record, Record]:
-    """How far each two runs are apart, and the verdicts, by name; the first record holds two pairs and one verdict."""
-    if found is None:
-        return {}, {}
-    if "pairs" in found:
-        return found["pairs"], found["verdicts"]
-    num = {"num_steps": found["num_steps"]}
-    pairs = {f"{arm} - plain": {**found[arm], **num} for arm in ("fast", "split")}
-    return pairs, {"within noise": {"rule": found["rule"], "holds": found["within_noise"], **num}}
 
 
 def profile() -> str:

@@ -432,6 +432,20 @@ def test_the_reference_is_asked_for_its_arm_alone(
     assert record["arms"]["reference"]["losses"] == record["arms"]["plain"]["losses"]
 
 
+def test_a_run_that_was_stopped_shows_nothing_at_steps_that_it_did_not_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"operations": "x", "seconds": {"train": 2.0}, "device": "GPU A"}
+    arms = {"plain": {**facts, "losses": [9.0, 8.0, 7.0, 6.0, 5.0]}, "fast": {**facts, "losses": [9.0, 8.0, 7.0]}}
+    config = {"benchmark": "loss-curve", "model": "m.json", "num_steps": 5, "row_length": 4}
+    record = CURVE.new_record("benchmark", config=config, status="aborted", arms=arms, comparison=None)
+    CURVE.write_json(tmp_path / "curve.json", record)
+    monkeypatch.setattr(TABLES, "BENCH", tmp_path)
+    shown = TABLES.curve()
+    assert "| plain | x | 9.0000 | 8.0000 | 7.0000 | 6.0000 | 5.0000 | 10 | 2 s |" in shown
+    assert "| fast | x | 9.0000 | 8.0000 | 7.0000 |  |  | 6 | 2 s |" in shown
+
+
 def test_records_of_several_processes_become_one(tmp_path: Path) -> None:
     def write(name: str, device: str, arms: dict[str, list[float]], **differing: Any) -> Path:
         facts = {arm: {"losses": curve, "device": device, "base_digest": "d"} for arm, curve in arms.items()}
