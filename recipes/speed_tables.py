@@ -81,9 +81,15 @@ def steps() -> str:
             dead += f", {left_out} left out" if left_out else ""
             factor = _factor(record) if side == "ssmtune" else ""
             memory = f"{found['peak_memory_bytes'] / 2**30:.1f} GiB"
-            rows.append([*row, _speed(record, side), factor, share, memory, f"{found['first_step_s']:.1f} s", dead])
+            rows.append([*row, _speed(record, side), factor, share, memory, _first_step(record, side), dead])
     headings = ["shape", "device", "tokens", "side", "tokens/s (slowest-fastest step)", "times the other side"]
     return _table([*headings, "of the floor's speed", "peak memory", "first step", "did not move"], rows)
+
+
+def _first_step(record: Record, side: str) -> str:
+    """The first step of a side's processes, the fastest and the slowest."""
+    seconds = sorted(run["first_step_s"] for run in record["runs"][side])
+    return f"{seconds[0]:.1f} s" if len(seconds) == 1 else f"{seconds[0]:.1f}-{seconds[-1]:.1f} s"
 
 
 def components() -> str:
