@@ -153,6 +153,22 @@ def test_rows_of_logits_begin_at_whole_16_bytes(monkeypatch: pytest.MonkeyPatch)
     assert len(rows) > 1 and set(rows) == {(37, 0, 0)}
 
 
+def test_a_mean_over_targets_is_not_rounded_as_a_factor() -> None:
+    """In bf16 a factor can be off by 2^-8, for every gradient of a step alike: no rounding that averages out."""
+    generator, gradients = torch.Generator().manual_seed(3), []
+    rows, weight = draw(generator, 64, 12).bfloat16(), draw(generator, 37, 12).bfloat16()
+    targets = torch.randint(37, (64,), generator=generator)
+    for factor in (1.0, 1 / 8100):
+        hidden = rows.clone().requires_grad_()
+        (linear_cross_entropy(hidden, weight, targets, backend="triton") * factor).backward()
+        assert hidden.grad is not None
+        gradients.append(hidden.grad.double())
+    whole, mean = gradients
+    scale = 8100 * (whole * mean).sum() / whole.square().sum()
+    # What the gradients' own roundings leave of it after hundreds of them.
+    assert abs(scale - 1) < 2**-11
+
+
 def test_loss_of_large_logits() -> None:
     """Logits far above what exp can take, and blocks that hold none of a row's."""
     hidden = torch.tensor([[300.0, -200.0], [-300.0, 5.0]])

@@ -59,4 +59,5 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None, None
+        # Not in bf16: one over the number of targets, rounded to that, would scale every gradient of a step alike.
+        return (grad.float() * upstream).to(grad.dtype), None, None
