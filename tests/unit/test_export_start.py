@@ -222,6 +222,8 @@ def test_beside_weights_in_bfloat16_from_a_fresh_process(tmp_path: Path) -> None
     """Factors in the weights, a start in the cache; the record has what rounding did, the model card how to use it."""
     directory = tmp_path / "base"
     model = tiny_model(("granite_hybrid", "dense"))
+    # Rounding can be large where a norm divides by next to nothing: not at these weights, new rows and factors included.
+    torch.manual_seed(0)
     model.resize_token_embeddings(6144, mean_resizing=False)
     model.bfloat16().save_pretrained(directory)
     load_tokenizer("tiny-granite-h").save_pretrained(directory)
