@@ -98,7 +98,12 @@ class _Mlp(torch.autograd.Function):
 
 
 def _through_gate(
-    wide: torch.Tensor, v: torch.Tensor, in_B: torch.Tensor, dvalue: torch.Tensor, out_dv: torch.Tensor, out_A: Any
+    wide: torch.Tensor,
+    v: torch.Tensor,
+    in_B: torch.Tensor,
+    dvalue: torch.Tensor,
+    out_dv: torch.Tensor,
+    out_A: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of the inner projection, of its low-rank input, and in fp32 of B inside, unscaled, and A outside."""
     (rows, width), rank, out_rank = dvalue.shape, v.shape[1], out_dv.shape[1]

@@ -1,6 +1,7 @@
 """Triton kernels of the Mamba-2 scan that its forward and its backward pass share.
 
-A sequence is cut into chunks of L steps; one program works on one chunk of one head (or group).
+A sequence is cut into chunks of L steps; one program works on one chunk of one head (or group), or walks over all of a
+head's with a part of its state.
 `step` [B, H, T'] is dt after bias, softplus, limits and padding; `decay` [B, H, T'] the running sum of A dt inside the
 chunk; T' is T rounded up to whole chunks, and steps beyond T are zero.
 `states` [B, H, c, P, N] are kept in fp32, beside bf16 activations in bf16; everything summed is fp32.

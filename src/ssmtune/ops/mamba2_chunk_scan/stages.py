@@ -71,8 +71,8 @@ class Shape:
 
     def walk(self) -> tuple[tuple[int, int, int], dict[str, Any]]:
         """Grid and options of the kernels that walk over chunks."""
-        width, state = (max(16, int(triton.next_power_of_2(size))) for size in (self.width, self.state))
-        block_p, block_n = min(width, WALK["BLOCK_P"]), min(state, WALK["BLOCK_N"] // (4 if self.exact else 1))
+        block_p, state = min(self.block_p, WALK["BLOCK_P"]), max(16, int(triton.next_power_of_2(self.state)))
+        block_n = min(state, WALK["BLOCK_N"] // (4 if self.exact else 1))
         grid = -(-self.width // block_p), -(-self.state // block_n), self.batch * self.heads
         return grid, {**WALK, "BLOCK_P": block_p, "BLOCK_N": block_n, "L": CHUNK, "EXACT": self.exact}
 
