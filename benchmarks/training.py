@@ -76,6 +76,7 @@ MEASUREMENTS = (
     Measurement(shape="falcon-h1-1.5b"),
     Measurement(shape="mamba2-2.7b"),
     Measurement(shape="qwen3.5-4b"),
+    Measurement(shape="qwen3.5-4b", memory="small"),
     Measurement(shape=GRANITE, row_length=32768, memory="small", num_steps=1),
 )
 

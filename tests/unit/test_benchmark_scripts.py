@@ -247,6 +247,7 @@ def test_rows_of_the_curve_are_the_text_cut_at_documents_and_halves(tmp_path: Pa
         ("within noise", "split", 3, "plain"),
         ("within the noise between kernels", "mamba_ssm", 2, "plain"),
         ("as near to fp32 as the plain path", "plain", 1.25, "exact"),
+        ("within the noise between draws of the adapters", "reseeded", 1, "plain"),
     ],
 )
 def test_the_verdict_is_the_rule(name: str, other: str, factor: float, base: str) -> None:
@@ -332,16 +333,23 @@ def test_both_paths_learn_alike_and_a_broken_one_does_not(
     assert record["status"] in ("done", "provisional")
     arms = record["arms"]
     losses = {arm: facts["losses"] for arm, facts in arms.items() if arm != "mamba_ssm"}
-    assert list(losses) == ["fast", "plain", "split", "repeat"] and all(len(curve) == 5 for curve in losses.values())
+    assert list(losses) == ["fast", "plain", "split", "reseeded", "repeat"]
+    assert all(len(curve) == 5 for curve in losses.values())
     # fp32: another order of summation, and what five steps make of it.
     assert losses["fast"] == pytest.approx(losses["plain"], abs=1e-4)
     assert losses["split"] == pytest.approx(losses["plain"], abs=1e-4)
+    # Adapters begin at nothing, whatever was drawn for their first factor.
+    assert losses["reseeded"][0] == losses["plain"][0] and losses["reseeded"][1:] != losses["plain"][1:]
+    assert arms["reseeded"]["base_digest"] == arms["plain"]["base_digest"]
     assert losses["repeat"] == losses["fast"] and arms["repeat"]["operations"] == arms["fast"]["operations"]
     assert "layers rewritten" in arms["fast"]["operations"] and arms["fast"]["head"] == "without logits"
     assert arms["plain"]["operations"] == "ssmtune's causal_conv1d (reference), mamba2_chunk_scan (reference)"
     # Not on transformers' own in its place.
     assert arms["mamba_ssm"]["losses"] == [] and "causal_conv1d and mamba_ssm cannot be" in arms["mamba_ssm"]["refused"]
-    assert list(record["comparison"]["verdicts"]) == ["within noise"]
+    assert list(record["comparison"]["verdicts"]) == [
+        "within noise",
+        "within the noise between draws of the adapters",
+    ]
     monkeypatch.setattr(TABLES, "BENCH", tmp_path / "b")
     shown = TABLES.curve()
     assert (
@@ -460,7 +468,7 @@ def test_records_of_several_processes_become_one(tmp_path: Path) -> None:
 
     curve = [4.0, 3.0, 2.0, 1.0]
     one = write("one.json", "GPU A", {"fast": curve, "plain": curve, "split": curve[:2]})
-    two = write("two.json", "GPU B", {"mamba_ssm": curve, "split": curve})
+    two = write("two.json", "GPU B", {"mamba_ssm": curve, "split": curve, "reseeded": curve})
     three = write("three.json", "GPU B", {"exact": curve})
     merged = CURVE.merge([one, two, three], tmp_path / "whole.json")
     assert json.loads((tmp_path / "whole.json").read_text()) == merged
@@ -469,6 +477,7 @@ def test_records_of_several_processes_become_one(tmp_path: Path) -> None:
         "plain": (4, "GPU A"),
         "split": (4, "GPU B"),
         "mamba_ssm": (4, "GPU B"),
+        "reseeded": (4, "GPU B"),
         "exact": (4, "GPU B"),
     }
     assert merged["status"] == "done" and merged["environment"]["device"] == "GPU A and GPU B"
