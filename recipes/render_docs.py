@@ -691,7 +691,17 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/performance.md": {
         **{
             name: beside("speed_tables", name)
-            for name in ("steps", "components", "lengths", "packed", "qlora", "curve", "profile", "kernels")
+            for name in (
+                "steps",
+                "components",
+                "lengths",
+                "packed",
+                "qlora",
+                "curve",
+                "exactness",
+                "profile",
+                "kernels",
+            )
         },
         "operations": bench_operations,
         "parity": bench_parity,

@@ -14,6 +14,7 @@ NO_RECORD = "No record yet."
 PEER = "transformers+peft"
 MEMORY = ("fast", "balanced", "small")
 NUM_KERNELS = 12
+NUM_STRETCHES = 8
 
 Record = dict[str, Any]
 
@@ -214,6 +215,31 @@ def curve() -> str:
         apart = _table(["losses apart", "steps", *columns], cells) if cells else ""
         parts += [" ".join([*words, *without]), rules, runs, apart]
     return "\n\n".join(part for part in parts if part) or NO_RECORD
+
+
+def exactness() -> str:
+    """How far each run is from the one in fp32, with its sign, in stretches of the steps."""
+    parts = []
+    for record in records(lambda r: r["config"].get("benchmark") == "loss-curve").values():
+        curves = {arm: facts["losses"] for arm, facts in record["arms"].items()}
+        num = record["config"]["num_steps"]
+        if not {"exact", "plain"} <= {arm for arm, losses in curves.items() if len(losses) == num}:
+            continue
+        apart = {
+            arm: [loss - exact for loss, exact in zip(losses, curves["exact"], strict=True)]
+            for arm, losses in curves.items()
+            if arm != "exact" and len(losses) == num
+        }
+        bounds = sorted({round(part * num / NUM_STRETCHES) for part in range(NUM_STRETCHES + 1)})
+        stretches = list(zip(bounds, bounds[1:], strict=False))
+        rows = [
+            [f"{arm} - exact", *(f"{statistics.mean(gaps[a:b]):+.1e}" for a, b in stretches)]
+            + [f"{statistics.correlation(gaps, apart['plain']):.3f}"]
+            for arm, gaps in apart.items()
+        ]
+        headings = ["mean with its sign", *(f"steps {a + 1}-{b}" for a, b in stretches)]
+        parts.append(_table([*headings, "correlation with plain - exact"], rows))
+    return "\n\n".join(parts) or NO_RECORD
 
 
 def profile() -> str:

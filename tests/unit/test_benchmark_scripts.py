@@ -452,6 +452,13 @@ def test_a_run_that_was_stopped_shows_nothing_at_steps_that_it_did_not_make(
     shown = TABLES.curve()
     assert "| plain | x | 9.0000 | 8.0000 | 7.0000 | 6.0000 | 5.0000 | 10 | 2 s |" in shown
     assert "| fast | x | 9.0000 | 8.0000 | 7.0000 |  |  | 6 | 2 s |" in shown
+    # Without a run in fp32 there is nothing to be near to; with one, runs that made all steps are held to it.
+    assert TABLES.exactness() == TABLES.NO_RECORD
+    arms |= {"exact": {"losses": [9.0, 7.5, 7.0, 6.0, 5.5]}, "split": {"losses": [9.0, 9.0, 7.0, 6.0, 4.0]}}
+    CURVE.write_json(tmp_path / "curve.json", {**record, "arms": arms})
+    first, *_, second = TABLES.exactness().splitlines()[2:]
+    assert first == "| plain - exact | +0.0e+00 | +5.0e-01 | +0.0e+00 | +0.0e+00 | -5.0e-01 | 1.000 |"
+    assert second == "| split - exact | +0.0e+00 | +1.5e+00 | +0.0e+00 | +0.0e+00 | -1.5e+00 | 1.000 |"
 
 
 def test_records_of_several_processes_become_one(tmp_path: Path) -> None:
