@@ -298,8 +298,9 @@ def worst_error(
         ours, reference = errors(run, tensors, dtype, **options)
         for tensor, error in ours.items():
             excess = error - reference[tensor]
-            # NaN compares false with everything and must not pass.
-            if not excess <= worst["excess"]:
+            # NaN compares false with everything: it must not pass, nor give way to the next tensor.
+            excess = math.inf if math.isnan(excess) else excess
+            if excess > worst["excess"]:
                 worst = {
                     "excess": excess,
                     "error": error,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 FP32_EPS = torch.finfo(torch.float32).eps
@@ -56,8 +58,13 @@ BF16_STEPS = 5
 
 
 def relative_rms(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """RMS of the error over the RMS of the truth, in fp64; absolute where the truth is zero."""
+    """RMS of the error over the RMS of the truth, in fp64; absolute where the truth is zero, infinite where NaN was found.
+
+    A maximum over several would lose a NaN that is not the first of them.
+    """
     truth = truth.double()
+    if bool(found.isnan().any()):
+        return math.inf
     error = (found.double() - truth).pow(2).mean().sqrt()
     size = truth.pow(2).mean().sqrt()
     return float(error / size) if size > 0 else float(error)

@@ -40,7 +40,8 @@ def load(folder: str, name: str) -> Any:
     return module
 
 
-TRAINING, CURVE, TABLES = (
+OPERATIONS, TRAINING, CURVE, TABLES = (
+    load("benchmarks", "operations"),
     load("benchmarks", "training"),
     load("benchmarks", "loss_curve"),
     load("recipes", "speed_tables"),
@@ -106,6 +107,15 @@ def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["training.py", *arguments])
     code: int = TRAINING.main()
     return code
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_a_nan_is_the_worst_error_of_an_operation(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = dict.fromkeys(("first", "middle", "last"), 1e-7) | {place: float("nan")}
+    monkeypatch.setattr(OPERATIONS, "errors", lambda *args, **options: (ours, dict.fromkeys(ours, 1e-7)))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **options: None)
+    found = OPERATIONS.worst_error(None, torch.float32, [("here", {}, {})])
+    assert found["tensor"] == place and not found["ok"]
 
 
 def test_every_measurement_is_of_a_shape_and_has_a_name_of_its_own(
