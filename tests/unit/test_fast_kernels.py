@@ -139,18 +139,29 @@ def test_loss(case: loss_cases.Case) -> None:
     )
 
 
-def test_rows_of_logits_begin_at_whole_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an odd vocabulary too: on others the GPU's products are several times slower."""
-    launch, rows = loss_kernels.launch, []
+@pytest.mark.parametrize("vocab", [37, 40])
+def test_products_of_an_odd_vocabulary_are_of_a_padded_weight(monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
+    """The GPU's products are several times slower otherwise; a weight that needs no rows is not copied."""
+    launch, multiply = loss_kernels.launch, torch.mm
+    kernels, products, copies = set(), set(), set()
+    hidden, targets = (loss_cases.cases()[1].inputs[name] for name in ("hidden", "targets"))
+    weight = draw(torch.Generator().manual_seed(4), vocab, 12).float()
 
-    def watch(kernel: Any, grid: Any, logits: torch.Tensor, *args: Any, **options: Any) -> None:
-        rows.append((logits.shape[1], logits.stride(0) * logits.element_size() % 16, logits.data_ptr() % 16))
-        launch(kernel, grid, logits, *args, **options)
+    def watch(
+        kernel: Any, grid: Any, logits: torch.Tensor, targets: Any, losses: Any, *sizes: int, **options: Any
+    ) -> None:
+        kernels.add((*sizes, logits.is_contiguous()))
+        launch(kernel, grid, logits, targets, losses, *sizes, **options)
+
+    def watch_product(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+        products.add((a.shape[1], b.shape[1]))
+        copies.add(b.data_ptr() != weight.data_ptr())
+        return multiply(a, b, **options)
 
     monkeypatch.setattr(loss_kernels, "launch", watch)
-    t = loss_cases.cases()[1].inputs
-    linear_cross_entropy(t["hidden"].float(), t["weight"].float(), t["targets"], backend="triton")
-    assert len(rows) > 1 and set(rows) == {(37, 0, 0)}
+    monkeypatch.setattr(torch, "mm", watch_product)
+    linear_cross_entropy(hidden.float().requires_grad_(), weight, targets, backend="triton")
+    assert kernels == {(vocab, 40, True)} and products == {(12, 40), (40, 12)} and copies == {vocab != 40}
 
 
 def test_a_mean_over_targets_is_not_rounded_as_a_factor() -> None:

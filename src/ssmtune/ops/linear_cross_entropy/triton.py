@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ssmtune.ops.launch import launch
@@ -15,7 +16,7 @@ LOGITS_BYTES = 256 * 2**20
 
 BLOCK = {"BLOCK": 4096, "num_warps": 8}
 ROW = 8
-"""A row of logits takes a multiple of so many elements."""
+"""The weight has a multiple of so many rows, or gets them for the call."""
 
 
 def linear_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -29,15 +30,17 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         num, vocab = hidden.shape[0], weight.shape[0]
         back = ctx.needs_input_grad[0]
+        # The vocabulary is a dimension of both products: where it is odd, cuBLAS falls back to its slowest kernels, wherever
+        # rows begin. The added rows are zero, and so are their logits, which the loss kernel neither reads nor writes: they
+        # add zero to the gradient.
+        weight = F.pad(weight, (0, 0, 0, -vocab % ROW)) if vocab % ROW else weight
         losses = torch.empty(num, dtype=torch.float32, device=hidden.device)
         grad = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if back else None
-        share = max(1, LOGITS_BYTES // (vocab * hidden.element_size()))
-        # Rows that begin at whole 16 bytes: on others, as with an odd vocabulary, cuBLAS falls back to its slowest kernels.
-        row = -(-vocab // ROW) * ROW
-        memory = torch.empty(min(share, num), row, dtype=hidden.dtype, device=hidden.device)
+        share = max(1, LOGITS_BYTES // (weight.shape[0] * hidden.element_size()))
+        memory = torch.empty(min(share, num), weight.shape[0], dtype=hidden.dtype, device=hidden.device)
         for first in range(0, num, share):
             some = slice(first, first + share)
-            logits = memory[: num - first, :vocab]
+            logits = memory[: num - first]
             torch.mm(hidden[some], weight.t(), out=logits)
             launch(
                 loss_kernel,
