@@ -1,4 +1,6 @@
-"""The tables of docs/performance.md that come from `ssmtune bench`, benchmarks/training.py and benchmarks/loss_curve.py."""
+"""The tables of docs/performance.md that come from `ssmtune bench`, benchmarks/training.py, benchmarks/loss_curve.py and
+benchmarks/small_terms.py.
+"""
 
 from __future__ import annotations
 
@@ -240,6 +242,15 @@ def exactness() -> str:
         headings = ["mean with its sign", *(f"steps {a + 1}-{b}" for a, b in stretches)]
         parts.append(_table([*headings, "correlation with plain - exact"], rows))
     return "\n\n".join(parts) or NO_RECORD
+
+
+def small_terms() -> str:
+    """Share of an adapter's term that arrives in a bf16 output, by the term's size."""
+    record = read_record(BENCH / "small-terms-cpu.json", kind="benchmark")
+    shares = record["shares"]
+    rows = [[side, *(f"{entry['share']:.2f}" for entry in found.values())] for side, found in shares.items()]
+    sizes = [f"2^{exponent}" for exponent in next(iter(shares.values()))]
+    return _table(["share that arrives of a term of", *sizes], rows)
 
 
 def profile() -> str:

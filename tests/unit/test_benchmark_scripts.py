@@ -40,8 +40,9 @@ def load(folder: str, name: str) -> Any:
     return module
 
 
-OPERATIONS, TRAINING, CURVE, TABLES = (
+OPERATIONS, SMALL_TERMS, TRAINING, CURVE, TABLES = (
     load("benchmarks", "operations"),
+    load("benchmarks", "small_terms"),
     load("benchmarks", "training"),
     load("benchmarks", "loss_curve"),
     load("recipes", "speed_tables"),
@@ -511,3 +512,32 @@ def test_records_of_several_processes_become_one(tmp_path: Path) -> None:
         with pytest.raises(RecordError, match="weights is" if part == "arms" else f"{name} is"):
             CURVE.merge([one, tmp_path / "differs.json"], tmp_path / "no.json")
     assert not (tmp_path / "no.json").exists()
+
+
+def test_what_arrives_of_a_small_term_depends_on_where_it_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(SMALL_TERMS, "NUM_ROWS", 512)
+    monkeypatch.setattr(SMALL_TERMS, "EXPONENTS", (-14, -4))
+    monkeypatch.setattr(sys, "argv", ["small_terms.py", "--out", str(tmp_path / "small-terms-cpu.json")])
+    threads = torch.get_num_threads()
+    SMALL_TERMS.main()
+    torch.set_num_threads(threads)
+    assert "term in the product, residual of 8: 2^-14 " in capsys.readouterr().out
+    shares = json.loads((tmp_path / "small-terms-cpu.json").read_text())["shares"]
+    for side, found in shares.items():
+        tiny, large = found["-14"], found["-4"]
+        assert large["share"] == pytest.approx(1, abs=0.05), side
+        if side == "fp32":
+            assert tiny["share"] == pytest.approx(1, abs=1e-3) and tiny["changed"] > 0.99
+        elif side.startswith("term in the product"):
+            assert abs(tiny["share"] - 1) < 5 * tiny["standard_error"] < 0.5, side
+        elif side.startswith("plain") or side == "rewritten":
+            assert tiny["share"] < 0.1, side
+        else:
+            # Product and residual lie on the grid of bf16, and so often half-way between two numbers of the sum's.
+            assert tiny["share"] > 5, side
+    monkeypatch.setattr(TABLES, "BENCH", tmp_path)
+    header, _, *rows = TABLES.small_terms().splitlines()
+    assert header == "| share that arrives of a term of | 2^-14 | 2^-4 |" and len(rows) == 10
+    assert rows[-1] == "| fp32 | 1.00 | 1.00 |"
