@@ -699,6 +699,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
                 "qlora",
                 "curve",
                 "exactness",
+                "small_terms",
                 "profile",
                 "kernels",
             )
