@@ -45,7 +45,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     (
         "scan",
         r"chunk|state_passing|selective_scan|pass_kernel|pass_back|states_kernel|scores|steps_kernel|steps_back"
-        r"|through_states|entering_kernel|leaving_kernel|readouts|inputs_kernel|output_kernel|delta_rule|cumsum",
+        r"|through_states|entering_kernel|leaving_kernel|readouts|inputs_kernel|output_kernel|delta_|cumsum",
     ),
     ("norm", r"norm"),
     (

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ssmtune.ops import launch as launching
+from ssmtune.ops.gated_delta_rule import triton as delta
 from ssmtune.ops.gated_mlp import triton as mlp
 from ssmtune.ops.linear_cross_entropy import triton as loss
 from ssmtune.ops.mamba2_chunk_scan import triton as scan
@@ -35,6 +36,8 @@ CASES = {
     "fp32, rank 32, states of 256": (torch.float32, 32, 64, 256, 1, True),
 }
 STEPS, WIDTH, INNER, HEADS, VOCABULARY = 70, 128, 256, 2, 512
+HOPPER = 90
+"""The only GPUs on which the gated delta rule's kernels run."""
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 
 
@@ -71,6 +74,24 @@ def run_layer(dtype: torch.dtype, rank: int, head: int, state: int, groups: int,
     )
     targets = torch.zeros(STEPS, dtype=torch.int64)
     loss.linear_cross_entropy(y.flatten(0, 1), frozen(VOCABULARY, WIDTH), targets).backward()
+
+
+def run_delta_rule(dtype: torch.dtype, documents: bool) -> None:
+    """The gated delta rule at the width of Qwen3.5's heads, forward and backward."""
+
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(1, STEPS, *shape, dtype=dtype, requires_grad=True)
+
+    y, _ = delta.gated_delta_rule(
+        ones(1, 128),
+        ones(1, 128),
+        ones(HEADS, 128),
+        ones(HEADS),
+        ones(HEADS),
+        qk_l2norm=True,
+        seq_idx=torch.zeros(1, STEPS, dtype=torch.int32) if documents else None,
+    )
+    y.sum().backward()
 
 
 def shared_bytes(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arch: int) -> int:
@@ -124,6 +145,8 @@ def main(arch: int, capacity: int) -> None:
     for case, sizes in CASES.items():
         launches.clear()
         run_layer(*sizes)
+        if arch == HOPPER:
+            run_delta_rule(sizes[0], sizes[-1])
         kernels = {kernel.fn.__name__: (kernel, args, options) for kernel, args, options in launches}
         found[case] = {name: shared_bytes(*one, arch) for name, one in kernels.items()}
     assert scan.shared_memory(torch.device("cpu")) == capacity

@@ -383,6 +383,7 @@ def test_time_goes_to_the_component_that_spends_it() -> None:
         ("through_states_kernel", "scan"),
         ("entering_kernel", "scan"),
         ("leaving_kernel", "scan"),
+        ("delta_reads_back_kernel", "scan"),
         ("gradient_kernel", "convolution"),
         ("backward_kernel", "convolution"),
         ("rolling_conv_kernel", "convolution"),

@@ -16,31 +16,36 @@ TOLERANCE = 1e-4
 its weight, or subtracts a mean, by tenths."""
 
 
-def is_rms_norm(module: nn.Module) -> bool:
-    """Return whether a module is weight * norm(x), found by running it: by name, norms that add 1 to the weight fit too."""
+def norm_shift(module: nn.Module) -> float | None:
+    """Return c of a module that is (c + weight) * norm(x), 0 or 1, or None where it is neither; found by running it."""
     weight, eps = module._parameters.get("weight"), _eps(module)
     if "RMSNorm" not in type(module).__name__ or weight is None or eps is None or weight.dim() != 1:
-        return False
+        return None
     # One that takes a gate as well is the mixer's.
     if weight.device.type == "meta" or "forward" in vars(module) or len(signature(module.forward).parameters) != 1:
-        return False
+        return None
     # A weight that no model has, in fp32, so that both round little; the module itself stays as it is.
     probe = torch.linspace(0.5, 1.5, weight.shape[0], device=weight.device)
     x = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight.device)
     with torch.no_grad():
         found = torch.func.functional_call(module, {"weight": probe}, (x,))
-        expected = gated_rms_norm(x, probe, eps=eps)
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
+        for shift in (0.0, 1.0):
+            expected = gated_rms_norm(x, probe + shift, eps=eps)
+            if found.shape == expected.shape and (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
+                return shift
+    return None
 
 
-def norm_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def norm_forward(module: Any, shift: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the forward of such a module in one pass over memory."""
     eps = _eps(module)
     assert eps is not None
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        """weight * norm(x)."""
-        return gated_rms_norm(hidden_states, module.weight, eps=eps)
+        """(shift + weight) * norm(x)."""
+        # In fp32: near 1 a small weight would lose its last digits in bf16.
+        weight = module.weight.float() + shift if shift else module.weight
+        return gated_rms_norm(hidden_states, weight, eps=eps)
 
     return forward
 

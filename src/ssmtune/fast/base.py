@@ -29,7 +29,7 @@ from ssmtune.fast._linear import (
     project,
     round_factors,
 )
-from ssmtune.fast._norm import is_rms_norm, norm_forward
+from ssmtune.fast._norm import norm_forward, norm_shift
 from ssmtune.packing import documents_of
 
 if TYPE_CHECKING:
@@ -117,11 +117,12 @@ def install_fast(model: nn.Module, name: str, family: Family, plan: Plan) -> Fas
             vars(module)[ATTRIBUTE] = factors
             module.forward = module_forward(factors)
             installed.factors.append(factors)
-        elif is_rms_norm(module):
-            module.forward = norm_forward(module)
-            installed.num_norms += 1
         else:
-            continue
+            shift = norm_shift(module)
+            if shift is None:
+                continue
+            module.forward = norm_forward(module, shift)
+            installed.num_norms += 1
         installed.modules.append(module)
     # Not `family.backbone`, which is the whole model where only that is given positions.
     backbone: Any = model.base_model

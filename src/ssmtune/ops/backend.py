@@ -22,6 +22,7 @@ SWITCH = "SSMTUNE_OPS"
 OPERATIONS = (
     "causal_conv1d",
     "causal_conv1d_update",
+    "gated_delta_rule",
     "gated_mlp",
     "gated_rms_norm",
     "linear_cross_entropy",

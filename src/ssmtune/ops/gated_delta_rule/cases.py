@@ -25,7 +25,10 @@ def inputs(generator: torch.Generator, num_steps: int, *, decay_shape: tuple[int
 
 
 def cases() -> list[Case]:
-    """Return the cases for a decay per head and per key channel (`_kda`), and of one step of each."""
+    """Return the cases for a decay per head and per key channel (`_kda`), and of one step of each.
+
+    The kernels, which serve a decay per head, round what is written to states, states, and operands of products between them.
+    """
 
     def step(t: Tensors, state: torch.Tensor) -> torch.Tensor:
         names = ("q_BTHK", "k_BTHK", "v_BTHV", "g", "beta_BTH")
@@ -42,6 +45,7 @@ def cases() -> list[Case]:
             draws,
             state=name,
             options=OPTIONS,
+            kernel_stages=1 if shape else 4,
         )
         tensors = draws(torch.Generator().manual_seed(9), 1)
         found.append(step_case(f"gated_delta_rule{suffix}_update", step, truth, tensors, name))
