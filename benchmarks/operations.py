@@ -1,7 +1,7 @@
 """Parity, then speed, of the kernels on this GPU: python benchmarks/operations.py --out records/bench/NAME.json
 
 Truth is the reference in fp64. If the parity of an operation fails, nothing gets a timing.
-`--only scan conv norm mamba1 steps` takes some of them; `mamba_ssm` measures that package's scan for comparison.
+`--only scan delta conv norm mamba1 steps` takes some of them; `mamba_ssm` measures that package's scan for comparison.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ssmtune.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from ssmtune.ops.gated_delta_rule import gated_delta_rule
 from ssmtune.ops.gated_rms_norm import gated_rms_norm
 from ssmtune.ops.mamba1_selective_scan import mamba1_selective_scan, mamba1_state_update
 from ssmtune.ops.mamba2_chunk_scan import mamba2_chunk_scan
@@ -37,8 +38,9 @@ ALLOWANCE = {
 }
 
 SCAN_ALLOWANCE = 4 * 2.0**-8
-"""In bf16, for Mamba-2's scan: its kernels keep states and operands of products in bf16, four roundings in a row, while the
-reference's arithmetic is fp32. The errors of mamba_ssm's kernels on the same inputs are recorded beside, where installed."""
+"""In bf16, for Mamba-2's scan and the gated delta rule: their kernels keep states and operands of products in bf16, four
+roundings in a row, while the reference's arithmetic is fp32. The errors of mamba_ssm's kernels on the same inputs are
+recorded beside, where installed."""
 
 
 SWITCHES = ((False, False, False), (True, False, True), (True, True, False), (True, True, True))
@@ -86,7 +88,7 @@ def scan_case(
 
 
 FP32_ALWAYS = (
-    *("A_H", "D_H", "dt_bias_H", "initial_states_BHPN", "state_BHPN"),
+    *("A_H", "D_H", "dt_bias_H", "initial_states_BHPN", "state_BHPN", "g", "initial_state_BHKV"),
     *("A_DN", "D_D", "dt_bias_D", "initial_state_BDN", "state_BDN"),
 )
 """Small parameters and states are fp32 in training, whatever the activations are."""
@@ -227,6 +229,37 @@ def mamba1_run(xz: torch.Tensor, BC: torch.Tensor, A_DN: torch.Tensor, **rest: A
     return mamba1_selective_scan(A_DN=A_DN, **mamba1_views(xz, BC, *A_DN.shape), **rest)
 
 
+DELTA_SIZES = ((2, 1, 2, 4, 128, 128), (2, 63, 4, 4, 20, 24), (1, 500, 1, 3, 64, 96), (2, 1000, 2, 4, 128, 128))
+"""Batch, steps, heads of q and k, heads of v, key and value width of the gated delta rule's cases."""
+
+
+def delta_case(
+    batch: int, steps: int, key_heads: int, heads: int, key: int, value: int, *, initial: bool = False
+) -> Tensors:
+    """Inputs of the gated delta rule, decays from almost none to almost all of the state, beta between 0 and 2."""
+    g = torch.Generator(device="cuda").manual_seed(steps)
+    tensors = {
+        "q_BTHK": normal(g, batch, steps, key_heads, key),
+        "k_BTHK": normal(g, batch, steps, key_heads, key),
+        "v_BTHV": normal(g, batch, steps, heads, value),
+        "g": -torch.exp(1.5 * normal(g, batch, steps, heads) - 2),
+        "beta_BTH": 2 * normal(g, batch, steps, heads).sigmoid(),
+    }
+    return tensors | ({"initial_state_BHKV": normal(g, batch, heads, key, value)} if initial else {})
+
+
+def delta_parity(dtype: torch.dtype, size: tuple[int, ...]) -> dict[str, Any]:
+    """Worst error of the gated delta rule at one size, over documents, padding and initial states."""
+    cases = []
+    for initial, packed, padded in SWITCHES:
+        options: dict[str, Any] = {"qk_l2norm": True}
+        options |= {"seq_idx": documents(*size[:2])} if packed else {}
+        options |= {"padding_mask": left_padding(*size[:2])} if padded else {}
+        where = f"{size} initial={initial} packed={packed} padded={padded}"
+        cases.append((where, delta_case(*size, initial=initial), options))
+    return worst_error(gated_delta_rule, dtype, cases, SCAN_ALLOWANCE if dtype == torch.bfloat16 else None)
+
+
 def mamba1_parity(dtype: torch.dtype, size: tuple[int, ...]) -> dict[str, Any]:
     """Worst error of Mamba-1's scan at one size, over documents, padding and initial states."""
     cases = []
@@ -315,6 +348,7 @@ def worst_error(
 MAMBA_SSM_SIZES = ((1, 500, 8, 64, 1, 128), (1, 1000, 8, 64, 1, 128))
 JOBS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
     "scan": (scan_parity, SIZES),
+    "delta": (delta_parity, DELTA_SIZES),
     "mamba_ssm": (mamba_ssm_parity, MAMBA_SSM_SIZES),
     "conv": (conv_parity, (1, 63, 1000)),
     "norm": (norm_parity, (48, 2048, 4096)),
@@ -378,12 +412,15 @@ def mamba1_inputs(steps: int) -> Tensors:
 def timings(groups: list[str], repeats: int = 10) -> dict[str, Any]:
     """Milliseconds of forward and forward + backward in bf16, kernels by name.
 
-    A layer of Granite-4.0-H-Micro at 8,192 steps; for Mamba-1 one of Falcon-Mamba-7B, at 2,048 steps as well.
+    A layer of Granite-4.0-H-Micro at 8,192 steps; for the gated delta rule one of Qwen3.5-4B, and for Mamba-1 one of
+    Falcon-Mamba-7B, at 2,048 steps as well.
     """
     from triton.testing import do_bench
 
     tensors = scan_case(1, 8192, 64, 64, 1, 128)
     scan_inputs = {n: v.to(torch.float32 if n in FP32_ALWAYS else torch.bfloat16) for n, v in tensors.items()}
+    delta = delta_case(1, 8192, 16, 32, 128, 128) if "delta" in groups else {}
+    delta_inputs = {n: v.to(torch.float32 if n in FP32_ALWAYS else torch.bfloat16) for n, v in delta.items()}
     wide = torch.randn(1, 8192, 8512, device="cuda", dtype=torch.bfloat16)
     conv_inputs = {
         "x_BCT": wide[..., 4096:8448].transpose(1, 2),
@@ -399,6 +436,7 @@ def timings(groups: list[str], repeats: int = 10) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for group, name, run, inputs, trained, options in (
         ("scan", "mamba2_chunk_scan", mamba2_chunk_scan, scan_inputs, tuple(scan_inputs), {"dt_softplus": True}),
+        ("delta", "gated_delta_rule", gated_delta_rule, delta_inputs, tuple(delta_inputs), {"qk_l2norm": True}),
         ("conv", "causal_conv1d", causal_conv1d, conv_inputs, ("x_BCT",), {"activation": "silu"}),
         ("norm", "gated_rms_norm", gated_rms_norm, norm_inputs, ("x", "gate"), {"eps": 1e-5}),
         *(

@@ -16,7 +16,7 @@ from tolerances import BF16_ROUND_ONCE, OP_FP32, relative_rms
 pytest.importorskip("triton", reason="the kernels need Triton, which is built for Linux only")
 
 from ssmtune.errors import ConfigError
-from ssmtune.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_recurrence
+from ssmtune.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_recurrence, stages
 from ssmtune.ops.gated_delta_rule import triton as kernels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
@@ -41,7 +41,7 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _chunks_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks in a short sequence: the interpreter needs seconds for what a GPU does in microseconds."""
-    monkeypatch.setattr(kernels, "CHUNK_EXACT", 16)
+    monkeypatch.setattr(stages, "CHUNK_EXACT", 16)
 
 
 def inputs(num_steps: int, *, batch: int = 1, key_heads: int = 1, initial: bool = True) -> Tensors:
@@ -141,7 +141,7 @@ def test_a_wrong_gradient_under_a_right_forward_would_be_seen(monkeypatch: pytes
     """What a miscompiled backward pass looks like: it takes a decay inside a chunk for none."""
     genuine = kernels.through_chunks
 
-    def without_decay(*arguments: Any) -> kernels.Chunks:
+    def without_decay(*arguments: Any) -> stages.Chunks:
         found = genuine(*arguments)
         return replace(found, end=torch.ones_like(found.end))
 
@@ -168,3 +168,12 @@ def test_what_the_kernels_cannot_serve_says_why(change: Tensors, reason: str) ->
         gated_delta_rule(**tensors, backend="triton")
     y, _ = gated_delta_rule(**tensors)
     assert y.isfinite().all()
+
+
+def test_heads_that_do_not_divide_are_refused_as_by_the_reference() -> None:
+    tensors = inputs(4, initial=False)
+    tensors["q_BTHK"] = tensors["k_BTHK"] = torch.zeros(1, 4, 3, KEY)
+    with pytest.raises(ConfigError, match="do not divide"):
+        gated_delta_rule(**tensors, backend="triton")
+    with pytest.raises(ConfigError, match="q and k have 3 heads and v has 2"):
+        gated_delta_rule(**tensors)

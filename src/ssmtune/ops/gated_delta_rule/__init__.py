@@ -70,6 +70,8 @@ def _refusal(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> str | None:
         return "the kernels have been tried on Hopper GPUs only"
     if g.dim() == 4:
         return "the decay differs by key channel; the kernels take one per head"
+    if v.shape[2] % q.shape[2]:
+        return "the heads of q do not divide those of v"
     if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
         return f"keys are {q.shape[-1]} and values {v.shape[-1]} wide; the kernels take at most {MAX_WIDTH}"
     return None
