@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import op_checks
 import pytest
 import torch
@@ -14,6 +15,8 @@ from op_checks import Tensors
 from tolerances import BF16_ROUND_ONCE, OP_FP32, relative_rms
 
 pytest.importorskip("triton", reason="the kernels need Triton, which is built for Linux only")
+
+from triton.runtime import interpreter
 
 from ssmtune.errors import ConfigError
 from ssmtune.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_recurrence, stages
@@ -177,3 +180,71 @@ def test_heads_that_do_not_divide_are_refused_as_by_the_reference() -> None:
         gated_delta_rule(**tensors, backend="triton")
     with pytest.raises(ConfigError, match="q and k have 3 heads and v has 2"):
         gated_delta_rule(**tensors)
+
+
+class Watched:
+    """Triton's interpreter, which also notes accesses that lie in none of the tensors that the kernel was given."""
+
+    def __init__(self, genuine: Any) -> None:
+        self.genuine = genuine
+        self.ranges: list[tuple[int, int]] = []
+        self.num_seen = 0
+        self.outside: list[tuple[int, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.genuine, name)
+
+    def take(self, tensors: tuple[Any, ...], short: int) -> None:
+        """Know the memory of a launch's tensors, each `short` elements less."""
+        self.ranges = []
+        for t in tensors:
+            if isinstance(t, torch.Tensor):
+                last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+                self.ranges.append((t.data_ptr(), t.data_ptr() + (last + 1 - short) * t.element_size()))
+
+    def look(self, pointers: Any, mask: Any, dtype: Any) -> None:
+        """Note an access of a block, which is of one tensor."""
+        touched = np.asarray(pointers).ravel()[np.asarray(mask).ravel().astype(bool)]
+        if touched.size:
+            first, end = int(touched.min()), int(touched.max()) + np.dtype(dtype).itemsize
+            self.num_seen += 1
+            if not any(low <= first and end <= high for low, high in self.ranges):
+                self.outside.append((first, end))
+
+    def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
+        """As the interpreter's."""
+        self.look(pointers, mask, dtype)
+        return self.genuine.load(pointers, mask, other, dtype)
+
+    def store(self, pointers: Any, value: Any, mask: Any) -> Any:
+        """As the interpreter's."""
+        self.look(pointers, mask, value.dtype)
+        return self.genuine.store(pointers, value, mask)
+
+
+@pytest.mark.parametrize("num_steps", [16, 37])
+def test_no_access_leaves_its_tensor(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU only one that meets unmapped memory would show."""
+    watched, genuine = Watched(interpreter._interpreter), kernels.launch
+    short = 0
+
+    def launch(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
+        watched.take(args, short)
+        genuine(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(interpreter, "_interpreter", watched)
+    monkeypatch.setattr(kernels, "launch", launch)
+    monkeypatch.setattr(stages, "launch", launch)
+    tensors = {name: value.float().requires_grad_() for name, value in inputs(num_steps).items()}
+
+    def run() -> None:
+        y, final = gated_delta_rule(
+            **tensors, qk_l2norm=True, seq_idx=op_checks.documents(num_steps, 7)[:1], backend="triton"
+        )
+        (y.sum() + final.sum()).backward()
+
+    run()
+    assert watched.num_seen > 100 and watched.outside == []
+    short = 1
+    run()
+    assert watched.outside
