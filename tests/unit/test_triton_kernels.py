@@ -249,6 +249,21 @@ def test_choice_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a planted fault" in backend.backends("cuda")["causal_conv1d"].reason
 
 
+@pytest.mark.parametrize(("version", "tried"), [("3.5.1", False), ("3.6.0", True), ("3.6.9", True), ("3.7.0", False)])
+def test_what_other_compilers_may_get_wrong_runs_on_those_tried(
+    version: str, tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_version", lambda: version)
+    monkeypatch.setattr(backend, "_version_numbers", lambda: tuple(map(int, version.split("."))))
+    found = backend.backends("cuda")
+    assert found["mamba2_chunk_scan"].name == "triton"
+    assert found["gated_delta_rule"].name == ("triton" if tried else "reference")
+    assert (
+        tried
+        or found["gated_delta_rule"].reason == f"Triton {version}: its kernels have been tried with Triton 3.6 only"
+    )
+
+
 def test_a_backend_asked_for_by_name_runs_or_raises() -> None:
     from ssmtune.errors import ConfigError
 

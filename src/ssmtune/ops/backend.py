@@ -42,6 +42,13 @@ FIRST_VERSION = (3, 4)
 KNOWN_BAD: dict[str, tuple[tuple[tuple[int, ...], tuple[int, ...], str], ...]] = {}
 """Operation -> (first version, first good version, what is wrong)."""
 
+TRIED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {"gated_delta_rule": ((3, 6), (3, 7))}
+"""Operation -> first version with which its kernels were compared on a GPU, first with which they were not.
+
+Of operations that other versions may get wrong: on Hopper GPUs compilers from 3.4 on have given kernels of chunks wrong
+gradients (fla-org/flash-linear-attention#640, #984) and illegal memory accesses (triton-lang/triton#10486, #11366).
+"""
+
 log = logging.getLogger("ssmtune.ops")
 
 
@@ -104,6 +111,9 @@ def _problem(operation: str, device_type: str, *, asked: bool) -> str | None:
     # On a CPU the kernels run in Triton's interpreter, for tests: only where both are asked for.
     if device_type != "cuda" and not (asked and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"runs on {device_type}"
+    first, end = TRIED.get(operation, ((), None))
+    if device_type == "cuda" and (numbers < first or (end is not None and numbers >= end)):
+        return f"Triton {_version()}: its kernels have been tried with Triton {'.'.join(map(str, first))} only"
     if device_type == "cuda" and torch.version.hip is not None:
         return "the kernels are tested on NVIDIA GPUs only"
     return None
