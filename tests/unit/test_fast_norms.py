@@ -78,3 +78,11 @@ def test_a_weight_near_nothing_is_not_lost_beside_one_in_bf16() -> None:
     y = norm_forward(norm, 1.0)(x).detach()
     # bf16 knows no number between 1 and 1 + 2^-7.
     assert y.max().item() == pytest.approx(1 + 2.0**-10, abs=1e-6)
+
+
+def test_fp64_stays_fp64() -> None:
+    norm = drawn(Qwen3_5RMSNorm, torch.float64)
+    x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
+    with torch.no_grad():
+        assert relative_rms(norm_forward(norm, 1.0)(x), normed * (1 + norm.weight)) <= 1e-14

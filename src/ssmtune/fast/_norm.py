@@ -43,8 +43,10 @@ def norm_forward(module: Any, shift: float) -> Callable[[torch.Tensor], torch.Te
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
         """(shift + weight) * norm(x)."""
-        # In fp32: near 1 a small weight would lose its last digits in bf16.
-        weight = module.weight.float() + shift if shift else module.weight
+        weight = module.weight
+        if shift:
+            # Not in bf16: beside 1 a small weight would lose its last digits.
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + shift
         return gated_rms_norm(hidden_states, weight, eps=eps)
 
     return forward
