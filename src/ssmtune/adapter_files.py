@@ -154,7 +154,9 @@ def read(directory: Path) -> SavedAdapter:
         if unknown:
             raise ConfigError(f"unknown field {unknown[0][:80]!r}; {nearest(unknown[0], FACTS)}")
         plan = Plan.from_dict(facts["plan"])
-        digests = dict(facts["sha256"])
+        digests = facts["sha256"]
+        if not isinstance(digests, dict):
+            raise ConfigError(f"sha256 is a {type(digests).__name__}, not a digest for each file by name")
         saved_base, run_id, step = str(facts["base_digest"]), str(facts["run_id"]), int(facts["step"])
         version, discarded = facts["format"], frozenset(map(str, facts["discarded"]))
         quantized = Quantized.from_dict(facts["quantization"]) if "quantization" in facts else None

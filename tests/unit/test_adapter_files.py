@@ -156,6 +156,7 @@ def test_non_finite_values_are_refused(directory: Path) -> None:
     [
         (lambda f: f.pop("plan"), "cannot be read"),
         (lambda f: f.pop("sha256"), "cannot be read"),
+        (lambda f: f.update(sha256=[[None, None]]), "sha256 is a list, not a digest for each file"),
         (lambda f: f.update(step="three"), "cannot be read"),
         (lambda f: f.update(format=99), "adapter format 99; this ssmtune reads 1"),
         (lambda f: f["plan"].update(trainable=1), "trainable parameters, its sites add up to"),
@@ -163,7 +164,10 @@ def test_non_finite_values_are_refused(directory: Path) -> None:
         (lambda f: f["sha256"].update({"../../secret": "0"}), "secret"),
         (lambda f: f["sha256"].pop(OUR_TENSORS), OUR_TENSORS),
     ],
-    ids=["no-plan", "no-digests", "bad-step", "newer-format", "counts", "bad-site", "foreign-path", "one-digest"],
+    ids=[
+        *("no-plan", "no-digests", "listed-digests", "bad-step", "newer-format"),
+        *("counts", "bad-site", "foreign-path", "one-digest"),
+    ],
 )
 def test_altered_facts(change: Callable[[dict[str, Any]], Any], match: str, directory: Path) -> None:
     edit_facts(directory, change)
