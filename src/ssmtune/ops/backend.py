@@ -39,15 +39,14 @@ OPERATIONS = (
 FIRST_VERSION = (3, 4)
 """The oldest Triton that the kernels are written for; the versions they were measured with are in records/bench."""
 
-KNOWN_BAD: dict[str, tuple[tuple[tuple[int, ...], tuple[int, ...], str], ...]] = {}
-"""Operation -> (first version, first good version, what is wrong)."""
+_UNTRIED = "its kernels have been tried with Triton 3.6 only"
 
-TRIED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {"gated_delta_rule": ((3, 6), (3, 7))}
-"""Operation -> first version with which its kernels were compared on a GPU, first with which they were not.
-
-Of operations that other versions may get wrong: on Hopper GPUs compilers from 3.4 on have given kernels of chunks wrong
-gradients (fla-org/flash-linear-attention#640, #984) and illegal memory accesses (triton-lang/triton#10486, #11366).
-"""
+KNOWN_BAD: dict[str, tuple[tuple[tuple[int, ...], tuple[int, ...], str], ...]] = {
+    # On Hopper GPUs compilers from 3.4 on have given kernels of chunks wrong gradients (fla-org/flash-linear-attention
+    # #640, #984) and illegal memory accesses (triton-lang/triton #10486, #11366): a version that was not compared counts.
+    "gated_delta_rule": (((0,), (3, 6), _UNTRIED), ((3, 7), (99,), _UNTRIED)),
+}
+"""Operation -> (first version, first good version, what is wrong), on GPUs; the interpreter compiles nothing."""
 
 log = logging.getLogger("ssmtune.ops")
 
@@ -105,15 +104,12 @@ def _problem(operation: str, device_type: str, *, asked: bool) -> str | None:
         return "Triton is not installed"
     if numbers < FIRST_VERSION:
         return f"Triton {_version()} is older than {'.'.join(map(str, FIRST_VERSION))}"
-    for first, good, wrong in KNOWN_BAD.get(operation, ()):
-        if first <= numbers < good:
-            return f"Triton {_version()}: {wrong}"
     # On a CPU the kernels run in Triton's interpreter, for tests: only where both are asked for.
     if device_type != "cuda" and not (asked and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"runs on {device_type}"
-    first, end = TRIED.get(operation, ((), None))
-    if device_type == "cuda" and (numbers < first or (end is not None and numbers >= end)):
-        return f"Triton {_version()}: its kernels have been tried with Triton {'.'.join(map(str, first))} only"
+    for first, good, wrong in KNOWN_BAD.get(operation, ()) if device_type == "cuda" else ():
+        if first <= numbers < good:
+            return f"Triton {_version()}: {wrong}"
     if device_type == "cuda" and torch.version.hip is not None:
         return "the kernels are tested on NVIDIA GPUs only"
     return None

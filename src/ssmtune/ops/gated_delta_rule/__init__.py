@@ -8,7 +8,6 @@ from ssmtune.ops.backend import Backend, choose
 from ssmtune.ops.gated_delta_rule import reference
 from ssmtune.ops.gated_delta_rule.reference import gated_delta_rule_recurrence
 from ssmtune.ops.gated_delta_rule.step import gated_delta_rule_update
-from ssmtune.ops.precision import outside_autocast
 
 __all__ = ["gated_delta_rule", "gated_delta_rule_recurrence", "gated_delta_rule_update"]
 
@@ -18,7 +17,6 @@ TRIED_ON = 9
 """Major compute capability of the GPUs on which the kernels have been compared with the recurrence: Hopper's."""
 
 
-@outside_autocast
 def gated_delta_rule(
     q_BTHK: torch.Tensor,
     k_BTHK: torch.Tensor,

@@ -20,7 +20,7 @@ WALK_V, CELL_V = 32, 64
 """Values in one program of the kernels that walk over chunks, and of those that work on one; half as many in fp32."""
 WALK = {"num_warps": 4, "STAGES": 3}
 """Chunks are loaded three ahead. Not to be changed untried: on an H200 with Triton 3.6 two are slower, and with one a walk
-ended in an illegal memory access (`ops.backend.TRIED`), though no access of the source leaves its tensor."""
+ended in an illegal memory access (`ops.backend.KNOWN_BAD`), though no access of the source leaves its tensor."""
 CELL = {"num_warps": 8, "num_stages": 1}
 
 
