@@ -89,7 +89,6 @@ DEFAULT_ARMS: tuple[Arm, ...] = ("fast", "plain", "mamba_ssm", "split", "reseede
 
 FAST_ARMS = ("fast", "repeat")
 
-
 SLOW_ARMS = ("exact", "reference")
 """They keep nothing for the backward pass."""
 

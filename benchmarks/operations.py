@@ -46,6 +46,9 @@ recorded beside, where installed."""
 SWITCHES = ((False, False, False), (True, False, True), (True, True, False), (True, True, True))
 """(initial state, packed documents, padding): each kernel variant costs a compilation."""
 
+Cases = list[tuple[str, Tensors, dict[str, Any]]]
+"""What a case is called, its tensors, and its options."""
+
 
 def normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
     """fp64 numbers on the GPU."""
@@ -66,6 +69,26 @@ def left_padding(batch: int, steps: int) -> torch.Tensor:
     mask = torch.ones(batch, steps, dtype=torch.long, device="cuda")
     mask[0, : steps // 3] = 0
     return mask
+
+
+def switched_cases(
+    draw: Callable[..., Tensors],
+    size: tuple[int, ...],
+    always: dict[str, Any],
+    from_state: dict[str, Any] | None = None,
+) -> Cases:
+    """Inputs of an operation over sequences at one size, which begins with batch and steps, for each of `SWITCHES`.
+
+    `always` are options of every case, `from_state` of those with an initial state.
+    """
+    cases: Cases = []
+    for initial, packed, padded in SWITCHES:
+        options = always | {"seq_idx": documents(*size[:2])} if packed else dict(always)
+        options |= {"padding_mask": left_padding(*size[:2])} if padded else {}
+        options |= from_state or {} if initial else {}
+        where = f"{size} initial={initial} packed={packed} padded={padded}"
+        cases.append((where, draw(*size, initial=initial), options))
+    return cases
 
 
 def scan_case(
@@ -132,14 +155,7 @@ SIZES = ((2, 1, 4, 64, 1, 128), (2, 63, 4, 24, 2, 40), (1, 500, 8, 64, 1, 128), 
 
 def scan_parity(dtype: torch.dtype, size: tuple[int, ...]) -> dict[str, Any]:
     """Worst error of the scan at one size, over documents, padding, limits and initial states."""
-    cases = []
-    for initial, packed, padded in SWITCHES:
-        options: dict[str, Any] = {"dt_softplus": True}
-        options |= {"seq_idx": documents(*size[:2])} if packed else {}
-        options |= {"padding_mask": left_padding(*size[:2])} if padded else {}
-        options |= {"dt_limit": (0.01, 1.5)} if initial else {}
-        where = f"{size} initial={initial} packed={packed} padded={padded}"
-        cases.append((where, scan_case(*size, initial=initial), options))
+    cases = switched_cases(scan_case, size, {"dt_softplus": True}, {"dt_limit": (0.01, 1.5)})
     return worst_error(mamba2_chunk_scan, dtype, cases, SCAN_ALLOWANCE if dtype == torch.bfloat16 else None)
 
 
@@ -250,26 +266,13 @@ def delta_case(
 
 def delta_parity(dtype: torch.dtype, size: tuple[int, ...]) -> dict[str, Any]:
     """Worst error of the gated delta rule at one size, over documents, padding and initial states."""
-    cases = []
-    for initial, packed, padded in SWITCHES:
-        options: dict[str, Any] = {"qk_l2norm": True}
-        options |= {"seq_idx": documents(*size[:2])} if packed else {}
-        options |= {"padding_mask": left_padding(*size[:2])} if padded else {}
-        where = f"{size} initial={initial} packed={packed} padded={padded}"
-        cases.append((where, delta_case(*size, initial=initial), options))
+    cases = switched_cases(delta_case, size, {"qk_l2norm": True})
     return worst_error(gated_delta_rule, dtype, cases, SCAN_ALLOWANCE if dtype == torch.bfloat16 else None)
 
 
 def mamba1_parity(dtype: torch.dtype, size: tuple[int, ...]) -> dict[str, Any]:
     """Worst error of Mamba-1's scan at one size, over documents, padding and initial states."""
-    cases = []
-    for initial, packed, padded in SWITCHES:
-        options: dict[str, Any] = {"dt_softplus": True}
-        options |= {"seq_idx": documents(*size[:2])} if packed else {}
-        options |= {"padding_mask": left_padding(*size[:2])} if padded else {}
-        where = f"{size} initial={initial} packed={packed} padded={padded}"
-        cases.append((where, mamba1_case(*size, initial=initial), options))
-    return worst_error(mamba1_run, dtype, cases)
+    return worst_error(mamba1_run, dtype, switched_cases(mamba1_case, size, {"dt_softplus": True}))
 
 
 def step_case(operation: str, batch: int, *, small: bool = False) -> Tensors:
