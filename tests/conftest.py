@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Kernels are tested in Triton's interpreter, which has to be chosen before anything imports Triton; on a GPU set it to 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from collections.abc import Iterator
+
 import pytest
 
 
@@ -20,6 +22,16 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory from torch.empty holds NaN, so that an element that nobody writes shows."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 THIRD_PARTY_WARNINGS = (

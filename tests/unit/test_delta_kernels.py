@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +21,10 @@ from ssmtune.errors import ConfigError
 from ssmtune.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_recurrence, stages
 from ssmtune.ops.gated_delta_rule import triton as kernels
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 RULE = op_checks.Operation(
     function=partial(gated_delta_rule, backend="triton"),
@@ -31,14 +33,6 @@ RULE = op_checks.Operation(
     options={"qk_l2norm": True},
 )
 HEADS, KEY, VALUE = 2, 20, 3
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """Memory from torch.empty holds NaN, so that an element that nobody writes shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

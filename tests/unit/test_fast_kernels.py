@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,8 +32,8 @@ Run = Callable[[Tensors], torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small chunks and shares, and memory from torch.empty that holds NaN, so that an element that nobody writes shows."""
+def _interpreted(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
+    """Small chunks and shares."""
     monkeypatch.setattr(stages, "CHUNK", 16)
     monkeypatch.setattr(loss_kernels, "LOGITS_BYTES", 4 * 37 * 4)
     monkeypatch.setattr(loss_kernels, "BLOCK", {"BLOCK": 16, "num_warps": 1})
@@ -41,9 +41,6 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for blocks in ("FORWARD", "BACK"):
         monkeypatch.setattr(mlp_kernels, blocks, {"BLOCK_T": 16, "BLOCK_K": 16, "STAGES": 1, "num_warps": 1})
     monkeypatch.setattr(mlp_kernels, "SHARES", 2)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def with_gradients(run: Run, tensors: Tensors, dtype: torch.dtype) -> Tensors:

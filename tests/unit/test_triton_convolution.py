@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,13 +26,10 @@ TILES = {kernels.forward_kernel, kernels.gradient_kernel, kernels.backward_kerne
 
 
 @pytest.fixture(autouse=True)
-def _small_blocks_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several segments and blocks of channels in small tensors; torch.empty gives NaN."""
+def _small_blocks(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
+    """Several segments and blocks of channels in small tensors."""
     monkeypatch.setattr(ours, "FORWARD", ours.FORWARD | {"STEPS": SEGMENT, "BLOCK_C": 4})
     monkeypatch.setattr(ours, "BACKWARD", ours.BACKWARD | {"STEPS": BACK, "BLOCK_C": 4})
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(num_steps: int, *, taps: int = 4, channels: int = 3, batch: int = 1) -> Tensors:

@@ -6,7 +6,7 @@ The interpreter runs on a CPU and knows no tensor cores; what those round is mea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,15 +24,10 @@ from ssmtune.ops.mamba2_chunk_scan import triton as scan_kernels
 
 Tensors = dict[str, torch.Tensor]
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """Memory from torch.empty holds NaN, so that an element that nobody writes shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 
 @pytest.fixture

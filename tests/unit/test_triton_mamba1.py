@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -30,13 +29,10 @@ SCAN = op_checks.Operation(
 
 
 @pytest.fixture(autouse=True)
-def _small_chunks_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several chunks in a short sequence, several blocks of channels in a program; torch.empty gives NaN."""
+def _small_chunks(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
+    """Several chunks in a short sequence, several blocks of channels in a program."""
     for name, value in {"CHUNK": 8, "CHUNK_BACK": 8, "KEPT": 2, "MAX_SHARES": 1}.items():
         monkeypatch.setattr(kernels, name, value)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(batch: int, channels: int, size: int, num_steps: int, *left_out: str) -> Tensors:

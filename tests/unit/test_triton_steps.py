@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,10 @@ from ssmtune.ops.causal_conv1d import causal_conv1d_update
 from ssmtune.ops.mamba1_selective_scan import mamba1_state_update
 from ssmtune.ops.selective_state_update import selective_state_update
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 OPERATIONS = {
     "causal_conv1d_update": "causal_conv1d",
@@ -34,14 +36,6 @@ CPU = torch.device("cpu")
 
 # The interpreter cuts what it stores in bf16 off instead of rounding it, which costs up to a whole unit of 2^-8.
 LIMITS = {torch.float32: doctor.LIMITS[torch.float32], torch.bfloat16: 2 * doctor.LIMITS[torch.bfloat16]}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """Memory from torch.empty holds NaN, so that an element that nobody writes shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def cases_with(monkeypatch: pytest.MonkeyPatch, operation: str, function: Any) -> list[Case]:
